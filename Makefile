@@ -1,0 +1,67 @@
+# make demo: builds mlstor and measures a small checkpoint here. make test: the tests. CONTRIBUTING.md has the rest.
+# VENV=dir puts the virtual environment elsewhere, PYTHON=python3.12 takes another Python.
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN     = $(abspath $(VENV))/bin
+SOURCES = pyproject.toml setup.py MANIFEST.in $(shell find src -name '*.py' -o -name '*.py[xi]' -o -name '*.px[di]' \
+          -o -name '*.[ch]' ! -name _io.c -o -name '*.json' -o -name '*.yaml')
+# Tests start mpirun and mlstor by name.
+export PATH := $(BIN):$(PATH)
+
+.PHONY: demo test lint dev build bench asan tsan clean
+
+demo: $(VENV)/.demo
+	scripts/demo
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/cython-lint src/mlstor
+	$(BIN)/mypy --strict src/mlstor
+	$(BIN)/python -m mypy.stubtest mlstor._io
+
+# The developer's loop: builds in place and takes no notice of what is installed.
+dev: build
+	$(BIN)/ruff check .
+	$(BIN)/cython-lint src/mlstor
+	$(BIN)/mypy --strict src/mlstor
+	PYTHONPATH=$(CURDIR)/src $(BIN)/python -m mypy.stubtest mlstor._io
+	PYTHONPATH=$(CURDIR)/src $(BIN)/python -m pytest $(ARGS)
+
+build:
+	@test -e $(VENV)/.dev || $(MAKE) $(VENV)/.dev
+	$(BIN)/python setup.py -q build_ext --inplace
+
+# FAST=1 measures on a RAM-backed XFS instead of a disk; ARGS='--dir /mnt/nvme' names another disk.
+bench: $(VENV)/.bench
+	$(BIN)/python -m benchmarks $(if $(FAST),--fast) $(ARGS)
+
+asan: $(VENV)/.dev
+	scripts/sanitize address,undefined
+
+tsan: $(VENV)/.dev
+	scripts/sanitize thread
+
+clean:
+	rm -rf build dist src/*.egg-info src/mlstor/_io.c src/mlstor/*.so .mypy_cache .ruff_cache .pytest_cache
+
+$(VENV)/bin/python:
+	PYTHON=$(PYTHON) scripts/bootstrap build
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: $(SOURCES) | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check '.[mpi-wheel]'
+	touch $@
+
+$(VENV)/.dev: $(SOURCES) | $(VENV)/bin/python
+	PYTHON=$(PYTHON) scripts/bootstrap test
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check '.[dev]'
+	touch $@
+
+$(VENV)/.bench: $(SOURCES) | $(VENV)/bin/python
+	PYTHON=$(PYTHON) scripts/bootstrap bench
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check '.[mpi-wheel,bench]'
+	touch $@
