@@ -1,0 +1,1 @@
+"""The checkpoint benchmark: model shapes, layout, plan and workload."""
