@@ -15,7 +15,7 @@ for _power, _letter in enumerate("kmgtpe", start=1):
 
 _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-zA-Z]*)\s*")
 _DURATION = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(ms|s|m|min|h|d|)\s*")
-_SECONDS = {"ms": Fraction(1, 1000), "s": 1, "": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
+_SECONDS: dict[str, Fraction | int] = {"ms": Fraction(1, 1000), "s": 1, "": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
 
 
 def parse_size(text: str | int) -> int:

@@ -1,0 +1,114 @@
+"""Was it the storage that answered, and with what had been written? Eviction, the cache verdict, damage."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from mlstor import _io
+from mlstor.checkpoint.rundir import Manifest
+from mlstor.results.phase import MAX_DAMAGE, Cached, Damage, PathTaken, Verification
+
+if TYPE_CHECKING:
+    from mlstor.checkpoint.phase import Chain
+    from mlstor.checkpoint.session import Session
+    from mlstor.operations import Damage as Block
+
+
+#: Of a write phase: whatever the page cache took in had to leave it before the clock stopped.
+WRITTEN = Cached(verdict="no", how="durable inside the clock")
+
+
+class Evicted(NamedTuple):
+    """What was still in the page cache after the files had been dropped from it, of all bytes looked at."""
+
+    resident_bytes: int
+    looked_at_bytes: int
+
+
+def pattern(manifest: Manifest, checkpoint: int, file_id: int) -> _io.Pattern:
+    """The contents of one file of a run."""
+    return _io.Pattern(manifest.run_key, checkpoint, file_id, manifest.compressibility)
+
+
+def evict(session: Session, checkpoint: int) -> Evicted:
+    """Drop what this process will read from its host's page cache, and look page by page whether it is gone."""
+    resident = looked_at = 0
+    for rank in session.my_ranks:
+        for _, path in session.files(session.source_rank(rank), checkpoint):
+            _io.evict(path)
+            found, nbytes = _io.resident(path)
+            resident += found
+            looked_at += nbytes
+    return Evicted(resident, looked_at)
+
+
+def cached(session: Session, paths: Iterable[PathTaken], evicted: Evicted | None) -> Cached:
+    """Whether this host's page cache may have answered for the storage."""
+    ways = list(paths)
+    resident, looked_at = evicted or (0, 0)
+    fs_types = {way.fs_type for way in ways}
+    if not ways:
+        return Cached(verdict="no", how="nothing was read")
+    if fs_types & {"tmpfs", "ramfs"}:
+        return Cached(verdict="yes", how="the files are in memory", resident_bytes=resident, looked_at_bytes=looked_at)
+    if all(way.direct == "yes" for way in ways):
+        return Cached(
+            verdict="no",
+            how="O_DIRECT, and nothing of each file's first block was in the page cache afterwards",
+            resident_bytes=resident,
+            looked_at_bytes=looked_at,
+        )
+    if _shifted_to_other_host(session):
+        return Cached(verdict="no", how="rank shift: another host had written what this one read")
+    if evicted is None:
+        return Cached(verdict="unknown", how="neither direct nor evicted")
+    if resident:
+        return Cached(
+            verdict="yes", how="evicted, but pages stayed", resident_bytes=resident, looked_at_bytes=looked_at
+        )
+    if "fuse" in fs_types:
+        return Cached(verdict="unknown", how="evicted, but a FUSE daemon may keep a cache", looked_at_bytes=looked_at)
+    return Cached(verdict="no", how="evicted, and every page checked", looked_at_bytes=looked_at)
+
+
+def _shifted_to_other_host(session: Session) -> bool:
+    if not session.options.rank_shift or not session.options.writes:
+        return False
+    host_of = {
+        rank: session.world.host_of_rank[process] for process, ranks in enumerate(session.dealt) for rank in ranks
+    }
+    return all(host_of[session.source_rank(rank)] != session.world.host_index for rank in session.my_ranks)
+
+
+def verification(session: Session, chains: Sequence[Chain], checkpoint: int) -> Verification:
+    """What the comparison of this process's reads has found."""
+    made = Verification()
+    if not session.verify:
+        return made
+    for chain in chains:
+        for result in chain.results:
+            made.verified_nbytes += result.nbytes
+            made.damaged_blocks += result.damaged_blocks
+            made.damage += [_damage(session, chain.rank, result.path, block) for block in result.damage]
+    described = len(made.damage)
+    made.damage = made.damage[:MAX_DAMAGE]
+    made.damage_dropped = made.damaged_blocks - min(described, MAX_DAMAGE)
+    return made
+
+
+def _damage(session: Session, rank: int, path: str, block: Block) -> Damage:
+    stamped = block.kind.startswith("other-")
+    own = block.run_id == session.manifest.run_key
+    name = session.layout.file_name_of(block.file_id) if stamped and own else None
+    return Damage(
+        rank=rank,
+        file=path,
+        offset=block.offset,
+        nbytes=block.nbytes,
+        kind=block.kind,  # type: ignore[arg-type]  # the core's words are the record's
+        found_run=None if not stamped else session.run_id if own else f"{block.run_id:016x}",
+        found_checkpoint=block.checkpoint if stamped else None,
+        found_file=None if not stamped else name or f"file id {block.file_id:#x}",
+        found_offset=block.found_offset if stamped else None,
+    )

@@ -1,0 +1,173 @@
+"""The two ways in which a rank's files are written and read: mlstor's own, and that of MLPerf Storage v3.0.
+
+A profile says which engine it wants for a phase and, for each logical rank, which operations follow one another.
+"""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+from mlstor.operations import DURABLE, Extent, ReadFile, Step, WriteFile
+from mlstor.settings import Settings
+
+#: Bytes that an engine's slot has beside a block (csrc/engine.c).
+_SLOT_MARGIN_NBYTES = 8192
+_PAGE_NBYTES = 4096
+
+
+class Job(NamedTuple):
+    """A file of a logical rank: where it lies, its size, and the pattern of its bytes (None: not compared)."""
+
+    path: str
+    nbytes: int
+    pattern: Any
+
+
+#: Operations of one rank: those of a stage run together, and the next stage begins when all are done.
+Stages = list[list[WriteFile | ReadFile]]
+
+
+class Profile(ABC):
+    """A way to write and read the files of a rank."""
+
+    name: str
+    #: Durability steps of a written file.
+    steps: Step
+    #: Seconds of sleep before each phase, outside the clock.
+    pause_s: float
+    verify: bool
+    #: O_DIRECT unless the user says otherwise; None: the setting.
+    direct: str | None
+
+    @abstractmethod
+    def engine_settings(self, settings: Settings, op: str, nranks: int, largest_nbytes: int) -> Settings:
+        """Settings of the engine for a phase of `op` by `nranks` logical ranks of this process."""
+
+    @abstractmethod
+    def writes(self, jobs: Sequence[Job], direct: str) -> Stages:
+        """Operations that write one rank's files."""
+
+    @abstractmethod
+    def reads(self, jobs: Sequence[Job], direct: str) -> Stages:
+        """Operations that read one rank's files."""
+
+    def staging_nbytes(self, settings: Settings, nranks: int, largest_nbytes: int = 1 << 62) -> int:
+        """Staging memory of one process's engine, the larger of writing and reading, bytes."""
+        return max(
+            made.worker_count() * made.depth * (made.block_bytes + _SLOT_MARGIN_NBYTES)
+            for made in (self.engine_settings(settings, op, nranks, largest_nbytes) for op in ("write", "read"))
+        )
+
+
+@dataclass(frozen=True)
+class Native(Profile):
+    """All files of all ranks at once, in blocks, direct where that works, durable by rename."""
+
+    name: str = "native"
+    steps: Step = DURABLE
+    pause_s: float = 0.0
+    verify: bool = True
+    direct: str | None = None
+
+    def engine_settings(self, settings: Settings, op: str, nranks: int, largest_nbytes: int) -> Settings:
+        return settings
+
+    def writes(self, jobs: Sequence[Job], direct: str) -> Stages:
+        return [
+            [
+                WriteFile(job.path, [Extent(0, job.nbytes, job.pattern)], self.steps, direct=direct)
+                for job in jobs
+            ]
+        ]
+
+    def reads(self, jobs: Sequence[Job], direct: str) -> Stages:
+        return [[ReadFile(job.path, [Extent(0, job.nbytes, job.pattern)], direct=direct) for job in jobs]]
+
+
+@dataclass(frozen=True)
+class Mlperf(Profile):
+    """One file at a time per rank: 32 MiB writes in sequence, each followed by fadvise(DONTNEED), one fsync; reads by four
+    readers of contiguous quarters in preads of up to 128 MiB. No preallocation, no rename.
+
+    Source: mlcommons/storage 3.0.26, ``storage_writers/file_writer.py`` and ``storage_readers/file_reader.py``.
+    """
+
+    name: str = "mlperf"
+    steps: Step = Step.FSYNC | Step.DONTNEED
+    pause_s: float = 5.0
+    verify: bool = False
+    direct: str | None = "off"
+    write_nbytes: int = 32 << 20
+    read_nbytes: int = 128 << 20
+    readers: int = 4
+
+    def engine_settings(self, settings: Settings, op: str, nranks: int, largest_nbytes: int) -> Settings:
+        block = self.write_nbytes if op == "write" else min(self.read_nbytes, self._quarter(largest_nbytes))
+        block = max(_PAGE_NBYTES, (block + _PAGE_NBYTES - 1) // _PAGE_NBYTES * _PAGE_NBYTES)
+        threads = max(1, nranks) * (1 if op == "write" else self.readers)
+        return replace(settings, backend="threads", workers=threads, depth=1, block_bytes=block)
+
+    def _quarter(self, nbytes: int) -> int:
+        return -(-nbytes // self.readers)
+
+    def writes(self, jobs: Sequence[Job], direct: str) -> Stages:
+        return [
+            [
+                WriteFile(
+                    job.path,
+                    [Extent(0, job.nbytes, job.pattern)],
+                    self.steps,
+                    direct=direct,
+                    serial=True,
+                )
+            ]
+            for job in jobs
+        ]
+
+    def reads(self, jobs: Sequence[Job], direct: str) -> Stages:
+        return [self._quarters(job, direct) for job in jobs]
+
+    def _quarters(self, job: Job, direct: str) -> list[WriteFile | ReadFile]:
+        quarter = self._quarter(job.nbytes)
+        return [
+            ReadFile(
+                job.path,
+                [Extent(offset, min(quarter, job.nbytes - offset), job.pattern)],
+                Step.RANDOM | Step.DONTNEED,
+                direct=direct,
+                serial=True,
+            )
+            for offset in range(0, job.nbytes, max(1, quarter))
+        ]
+
+
+PROFILES: dict[str, Profile] = {"native": Native(), "mlperf": Mlperf()}
+
+
+def step_names(steps: Step) -> list[str]:
+    """The durability steps in their order, by the words that the record uses."""
+    words = {
+        Step.PREALLOCATE: "preallocate",
+        Step.FDATASYNC: "fdatasync",
+        Step.FSYNC: "fsync",
+        Step.RENAME: "rename",
+        Step.FSYNC_DIR: "fsync_dir",
+    }
+    named = [word for step, word in words.items() if step & steps]
+    named.insert(1 if steps & Step.PREALLOCATE else 0, "write")
+    return named
+
+
+def make_directory(path: str, durable: bool) -> None:
+    """Make a checkpoint's directory, if another process was not faster; with `durable`, sync its parent."""
+    os.makedirs(path, exist_ok=True)
+    if durable:
+        parent = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(parent)
+        finally:
+            os.close(parent)

@@ -1,0 +1,283 @@
+"""A run before its first byte: who does what, where it lies, and whether it can be done. Every process makes one.
+
+Each step that can fail for a user's mistake ends with `World.agree`, so that a run of any size says it once.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import time
+from collections.abc import Callable
+from functools import cached_property
+from typing import TypeVar
+
+from mlstor.checkpoint import preflight, rundir, targets
+from mlstor.checkpoint.cli import layout_of
+from mlstor.checkpoint.deal import deal, parse_ranks
+from mlstor.checkpoint.layout import ShardFile
+from mlstor.checkpoint.options import Options
+from mlstor.checkpoint.profiles import PROFILES
+from mlstor.errors import MlstorError, UsageError
+from mlstor.host import Host, describe
+from mlstor.settings import Settings
+from mlstor.world import World
+
+# Interpreter, MPI and tables of one process beside its staging memory; measured at about 60 MiB, rounded up.
+_PROCESS_NBYTES = 128 << 20
+T = TypeVar("T")
+
+
+class Session:
+    """What a run is, as one of its processes sees it.
+
+    Attributes
+    ----------
+    run_id, results_id : str
+        Names of the run's directory on the targets, and of its record's.
+    ranks, my_ranks : list of int
+        Logical ranks of the run, and of this process.
+    manifest : Manifest
+        The claim on the files, or of a read-only run the claim that it reads by.
+    claims : list of str
+        Targets whose manifest this process keeps.
+    """
+
+    def __init__(self, world: World, options: Options, command: list[str]) -> None:
+        self.world, self.options, self.command = world, options, command
+        self.profile = PROFILES[options.profile]
+        self.settings = self.agreed(
+            lambda: Settings.resolve(
+                block_bytes=options.block_bytes,
+                depth=options.depth,
+                workers=options.workers,
+                backend=options.backend,
+                direct=options.direct,
+                results_dir=options.results_dir,
+            )
+        )
+        self.layout = self.agreed(lambda: layout_of(options, world.size))
+        self.only = self.agreed(
+            lambda: None if options.only_ranks is None else parse_ranks(options.only_ranks, self.layout.nranks)
+        )
+        self.dealt = deal(self.layout.nranks, world.size, options.deal, self.only)
+        self.my_ranks = self.dealt[world.rank]
+        self.ranks = sorted(rank for ranks in self.dealt for rank in ranks)
+        self.verify = self.profile.verify if options.verify is None else options.verify
+        self.pause_s = self.profile.pause_s if options.pause_s is None else options.pause_s
+        self.direct = options.direct or self.profile.direct or self.settings.direct
+        self.run_id = options.run_id or self._together(_new_run_id)
+        self.host: Host = describe()
+        self.sharing = targets.discover(
+            world,
+            sorted({self.target_of(rank) for rank in self.my_ranks}) or self._idle_target(),
+            self.run_id,
+            asserted=options.sharing,
+            read_only=not options.writes,
+        )
+        targets.check_rank_shift(world, self.sharing, options.rank_shift)
+        self.preflight = self._preflight()
+        self.claims = self._claims()
+        self.manifest = self._claim() if options.writes else self._find()
+        self.results_id = self._together(self._free_results_id)
+
+    def agreed(self, step: Callable[[], T]) -> T:
+        """The result of a step that every process takes; its `MlstorError` is raised on all."""
+        error: MlstorError | None = None
+        result: T | None = None
+        try:
+            result = step()
+        except MlstorError as raised:
+            error = raised
+        self.world.agree(error)
+        return result  # type: ignore[return-value]  # agree raises where there is none
+
+    def _together(self, make: Callable[[], str]) -> str:
+        """What process 0 makes, on every process."""
+        return self.world.bcast(make().encode() if self.world.rank == 0 else b"").decode()
+
+    # -- where files lie --
+
+    @cached_property
+    def _place(self) -> dict[int, tuple[int, int]]:
+        """For each logical rank its process, and its place among the logical ranks of that process's host."""
+        count: dict[int, int] = {}
+        place: dict[int, tuple[int, int]] = {}
+        for process, ranks in enumerate(self.dealt):
+            host = self.world.host_of_rank[process]
+            for rank in ranks:
+                place[rank] = (process, count.get(host, 0))
+                count[host] = count.get(host, 0) + 1
+        return place
+
+    def target_of(self, rank: int) -> str:
+        """The target directory of a logical rank."""
+        process, local_rank = self._place[rank]
+        hostname = self.world.hosts[self.world.host_of_rank[process]]
+        return targets.resolve(self.options.paths, rank=rank, local_rank=local_rank, hostname=hostname)
+
+    def _idle_target(self) -> list[str]:
+        """The target of a process without ranks: that of its place, so that its host looks for tokens too."""
+        world = self.world
+        return [
+            targets.resolve(
+                self.options.paths, rank=world.rank, local_rank=world.local_rank, hostname=world.hostname
+            )
+        ]
+
+    def source_rank(self, rank: int) -> int:
+        """The logical rank whose files `rank` reads."""
+        index = (self.ranks.index(rank) + self.options.rank_shift) % len(self.ranks)
+        return self.ranks[index]
+
+    def checkpoint_dir(self, rank: int, checkpoint: int) -> str:
+        """Directory of a logical rank's files of one checkpoint."""
+        return rundir.checkpoint_dir(self.target_of(rank), self.run_id, self.layout.shape.name, checkpoint)
+
+    def files(self, rank: int, checkpoint: int) -> list[tuple[ShardFile, str]]:
+        """A logical rank's files of one checkpoint, in write order, with their paths."""
+        directory = self.checkpoint_dir(rank, checkpoint)
+        return [(file, os.path.join(directory, file.name)) for file in self.layout.files(rank)]
+
+    @cached_property
+    def largest_nbytes(self) -> int:
+        """The largest file of this process's ranks, bytes."""
+        return max((file.nbytes for rank in self.my_ranks for file in self.layout.files(rank)), default=0)
+
+    def nbytes_of_host(self, host: int) -> int:
+        """Bytes of one checkpoint on a host."""
+        return sum(
+            self.layout.rank_nbytes(rank)
+            for process, ranks in enumerate(self.dealt)
+            if self.world.host_of_rank[process] == host
+            for rank in ranks
+        )
+
+    # -- can it be done --
+
+    def _preflight(self) -> preflight.Preflight | None:
+        """The first process of each host looks; None for the others."""
+        world = self.world
+        staging = self.profile.staging_nbytes(self.settings, len(self.my_ranks), self.largest_nbytes)
+
+        def look() -> preflight.Preflight | None:
+            if world.local_rank != 0:
+                return None
+            return preflight.check(
+                self._needs(),
+                self.host,
+                memory_need_bytes=world.local_size * (staging + _PROCESS_NBYTES),
+                ephemeral_limit_bytes=self.settings.ephemeral_storage_limit_bytes,
+                write=bool(self.options.writes),
+            )
+
+        return self.agreed(look)
+
+    def _needs(self) -> list[preflight.Need]:
+        """What goes into each directory that this host uses: of all hosts where they share it."""
+        shared = self.sharing.kind == "shared" or self.options.sharing == "shared"
+        mine = self.sharing.targets_by_host[self.world.host_index]
+        nbytes, nfiles = dict.fromkeys(mine, 0), dict.fromkeys(mine, 0)
+        for process, ranks in enumerate(self.dealt):
+            if not shared and self.world.host_of_rank[process] != self.world.host_index:
+                continue
+            for rank in ranks:
+                target = self.target_of(rank)
+                if target in nbytes:
+                    nbytes[target] += self.layout.rank_nbytes(rank)
+                    nfiles[target] += self.layout.rank_nfiles(rank)
+        writes = self.options.writes or 0
+        # beside the files: a directory per checkpoint, the run's and the model's, and the manifest
+        return [
+            preflight.Need(path, writes * nbytes[path], writes * (nfiles[path] + 1) + 3 if writes else 0) for path in mine
+        ]
+
+    # -- whose files these are --
+
+    def _claims(self) -> list[str]:
+        """Targets whose manifest this process keeps: the first process of the first host that has them."""
+        if self.world.local_rank != 0:
+            return []
+        by_host = self.sharing.targets_by_host
+        mine = by_host[self.world.host_index]
+        if self.sharing.kind == "per-node":
+            return list(mine)
+        earlier = {path for host in range(self.world.host_index) for path in by_host[host]}
+        return [path for path in mine if path not in earlier]
+
+    def _claim(self) -> rundir.Manifest:
+        key = int(self._together(lambda: str(rundir.new_key())))
+        options = self.options
+        wanted = rundir.Manifest(
+            run_id=self.run_id,
+            run_key=key,
+            model=self.layout.shape.name,
+            workload=None if options.workload is None else os.path.abspath(options.workload),
+            ranks=self.layout.nranks,
+            scale=str(self.layout.scale),
+            compressibility=options.compressibility,
+            only_ranks=None if self.only is None else tuple(self.only),
+            targets=tuple(options.paths),
+            written=options.writes or 0,
+        )
+
+        def claim() -> rundir.Manifest:
+            claimed = [rundir.claim(target, wanted) for target in self.claims]
+            return max(claimed, key=lambda manifest: manifest.written, default=wanted)
+
+        return self.agreed(claim)
+
+    def _find(self) -> rundir.Manifest:
+        """The manifest of the run to be read, and all of this process's files, or a sentence on what is missing."""
+
+        def find() -> rundir.Manifest:
+            paths = sorted({self.target_of(self.source_rank(rank)) for rank in self.my_ranks}) or self._idle_target()
+            found = [(path, rundir.load(path, self.run_id)) for path in paths]
+            for path, manifest in found:
+                if manifest is None:
+                    raise UsageError(
+                        f"{self.world.hostname} has no run {self.run_id} in {path}: name the --run-id and PATH of a "
+                        "run that was written with --reads 0 or --keep, on these hosts"
+                    )
+                if not manifest.complete:
+                    raise UsageError(f"run {self.run_id} in {path} has no complete checkpoint: it was interrupted; write it again")
+                asked = (self.layout.shape.name, self.layout.nranks, str(self.layout.scale))
+                if asked != (manifest.model, manifest.ranks, manifest.scale):
+                    raise UsageError(
+                        f"run {self.run_id} in {path} was written with --model {manifest.model} --ranks {manifest.ranks} "
+                        f"--scale {manifest.scale}: say the same to read it"
+                    )
+            manifest = found[0][1]
+            assert manifest is not None
+            self._find_files(manifest)
+            return manifest
+
+        return self.agreed(find)
+
+    def _find_files(self, manifest: rundir.Manifest) -> None:
+        for rank in self.my_ranks:
+            for checkpoint in manifest.complete:
+                for file, path in self.files(self.source_rank(rank), checkpoint):
+                    try:
+                        nbytes = os.stat(path).st_size
+                    except FileNotFoundError:
+                        raise UsageError(
+                            f"{self.world.hostname} lacks {path} of run {self.run_id}: was it written by another host, "
+                            "per node? Start the ranks on the hosts that wrote, or use a shared PATH"
+                        ) from None
+                    if nbytes != file.nbytes:
+                        raise UsageError(
+                            f"{path} has {nbytes} bytes on {self.world.hostname}, but {file.nbytes} were written: "
+                            "it is damaged or was written over"
+                        )
+
+    def _free_results_id(self) -> str:
+        """The run id, or with the time where a record or journal of it exists, or where another run is read."""
+        taken = os.path.join(self.settings.results_dir, self.run_id)
+        if self.options.writes and not os.path.exists(taken):
+            return self.run_id
+        return f"{self.run_id}-{_new_run_id()}"
+
+
+def _new_run_id() -> str:
+    return f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"

@@ -1,0 +1,68 @@
+/* How a worker gets bytes moved. A backend is a table of functions; it is called by its worker's thread alone, but for
+ * `wake`.
+ */
+#ifndef MLS_BACKEND_H
+#define MLS_BACKEND_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+enum mls_io_kind { MLS_IO_READ, MLS_IO_WRITE, MLS_IO_FSYNC, MLS_IO_FDATASYNC };
+
+struct mls_op;
+
+/* One transfer. Its worker owns it from submit until reap gives it back; the bytes stay until then. */
+typedef struct mls_io {
+    int kind;
+    int fd;
+    unsigned char *bytes;
+    uint64_t nbytes;
+    uint64_t offset;
+    bool in_slot;            /* bytes lie in the worker's staging pool, which may be registered */
+    uint32_t align;          /* of a direct read: where a short one may go on */
+    int64_t result;          /* bytes or 0; -errno */
+    uint64_t submit_ns;
+
+    /* the worker's */
+    struct mls_op *op;
+    size_t unit;
+    unsigned char *slot;
+    uint64_t io_offset, io_nbytes; /* of the whole transfer, of which a continued one does the rest */
+    uint64_t done_nbytes, reached_nbytes;
+    unsigned char *io_bytes;
+    bool zero_copy, confirm;
+    struct mls_io *next;
+} mls_io;
+
+typedef struct mls_backend {
+    const char *name;
+    /* In the worker's thread, once: `pool` is its staging memory. *state is the backend's own. 0 or -errno. */
+    int (*setup)(void **state, unsigned depth, unsigned char *pool, size_t pool_nbytes, bool registration, char *granted,
+                 size_t granted_size);
+    /* Takes the transfer: 0; or -EAGAIN: reap first. */
+    int (*submit)(void *state, mls_io *io);
+    /* Waits until something is done, or `wake` is called: how many of `done` were filled. */
+    size_t (*reap)(void *state, mls_io **done, size_t max);
+    /* From any thread: makes a waiting `reap` return. */
+    void (*wake)(void *state);
+    void (*close)(void *state);
+    unsigned max_depth; /* per worker */
+} mls_backend;
+
+extern const mls_backend mls_backend_threads;
+#ifdef MLS_HAVE_LIBURING
+extern const mls_backend mls_backend_uring;
+
+/* What the kernel grants an io_uring of this process. */
+typedef struct mls_uring_probe {
+    int error;               /* 0, or the errno of io_uring_setup */
+    uint32_t flags;          /* of the ring that was granted */
+    uint32_t features;
+    int registration_error;  /* 0, or the errno of registering 64 MiB */
+    bool ring_fd_registered;
+} mls_uring_probe;
+void mls_uring_probe_run(mls_uring_probe *probe);
+#endif
+
+#endif

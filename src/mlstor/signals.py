@@ -1,0 +1,64 @@
+"""SIGINT and SIGTERM as one thing: terminals send the one, mpirun and Kubernetes the other."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType, TracebackType
+from typing import Any
+
+_STOPPING = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interrupted(KeyboardInterrupt):
+    """A `KeyboardInterrupt` that knows its signal.
+
+    Attributes
+    ----------
+    signum : int
+        The signal that came.
+    exit_code : int
+        128 + `signum`, as shells report it: 130 for SIGINT, 143 for SIGTERM.
+    """
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(signum).name}")
+        self.signum = signum
+        self.exit_code = 128 + signum
+
+
+class Interrupts:
+    """Within this context SIGINT and SIGTERM raise `Interrupted` in the main thread.
+
+    The first SIGTERM raises; later ones do nothing, since mpirun repeats it while a rank is already saving
+    what it has (SIGKILL follows about 0.5 s after the first). Every SIGINT raises: a user who insists is
+    obeyed.
+
+    Raises
+    ------
+    ValueError
+        On entering, outside of the main thread: Python delivers signals nowhere else.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._former: dict[int, Any] = {}
+
+    def __enter__(self) -> Interrupts:
+        for signum in _STOPPING:
+            self._former[signum] = signal.signal(signum, self._handle)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for signum, former in self._former.items():
+            # None stands for a handler that was not installed from Python and can't be put back from here
+            signal.signal(signum, signal.SIG_DFL if former is None else former)
+        self._former.clear()
+
+    def _handle(self, signum: int, frame: FrameType | None) -> None:
+        repeated = self.received is not None
+        if not repeated:
+            self.received = signum
+        if signum == signal.SIGINT or not repeated:
+            raise Interrupted(signum)
