@@ -1,0 +1,1 @@
+"""mlstor beside fio, torch, safetensors, DCP and plain loops on one file system; see README.md here."""
