@@ -18,7 +18,7 @@ from libc.stdint cimport UINT64_MAX, int64_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free
 from posix.types cimport pid_t
 from posix.unistd cimport getpid, usleep
-from posix.mman cimport MAP_ANONYMOUS, MAP_FAILED, MAP_PRIVATE, PROT_READ, PROT_WRITE, mmap, munmap
+from posix.mman cimport MAP_ANONYMOUS, MAP_FAILED, MAP_PRIVATE, PROT_READ, PROT_WRITE, madvise, mmap, munmap
 
 from mlstor._core cimport *
 
@@ -26,6 +26,10 @@ from mlstor.errors import short_error, storage_error
 from mlstor.operations import DURABLE, Counters, Damage, Extent, Histogram, Late, ReadFile, Result, WriteFile
 from mlstor.settings import Settings
 
+cdef extern from "<sys/mman.h>" nogil:
+    enum: MADV_HUGEPAGE
+
+cdef size_t HUGE_PAGE_BYTES = 2 << 20
 cdef int64_t TICK_NS = 100_000_000  # how long a wait lasts before signals are looked at
 cdef dict MODES = {"auto": MLS_MODE_AUTO, "require": MLS_MODE_REQUIRE, "off": MLS_MODE_OFF}
 cdef dict BACKENDS = {"auto": MLS_BACKEND_AUTO, "io_uring": MLS_BACKEND_URING, "threads": MLS_BACKEND_THREADS}

