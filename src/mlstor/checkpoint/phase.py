@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from mlstor import traffic
 from mlstor.checkpoint.profiles import Stages
 from mlstor.results import phase as report
 from mlstor.results.phase import PhaseReport, RankFigures
@@ -80,10 +81,12 @@ class Series:
 
 
 class Meter:
-    """CPU time and worker time of this process between two moments."""
+    """CPU time and worker time of this process between two moments, and with `of_host` the host's traffic."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, of_host: bool) -> None:
         self._engine = engine
+        self._memory = traffic.memory_bytes() if of_host else None
+        self._nic = traffic.nic_bytes() if of_host else None
         self._before = resource.getrusage(resource.RUSAGE_SELF)
         self._counters = engine.counters()
 
@@ -95,14 +98,23 @@ class Meter:
         into.peak_rss_bytes = usage.ru_maxrss * 1024
         into.worker_busy_ns = counters.busy_ns - self._counters.busy_ns
         into.worker_wait_ns = counters.wait_ns - self._counters.wait_ns
+        into.memory_traffic_bytes = _since(self._memory, traffic.memory_bytes)
+        into.nic_bytes = _since(self._nic, traffic.nic_bytes)
         into.workers = self._engine.workers
         into.cores_allowed = len(os.sched_getaffinity(0))
+
+
+def _since(before: int | None, counter: Callable[[], int | None]) -> int | None:
+    """What a counter has grown by; None where there is none, or where it has wrapped."""
+    after = None if before is None else counter()
+    return None if before is None or after is None or after < before else after - before
 
 
 def run_phase(
     engine: Engine,
     chains: Sequence[Chain],
     report_to: PhaseReport,
+    of_host: bool,
     begin: Callable[[], None],
     tick: Callable[[int, int], None],
 ) -> PhaseReport:
@@ -110,6 +122,8 @@ def run_phase(
 
     Parameters
     ----------
+    of_host
+        Whether this process looks at its host's traffic; one of each host does.
     begin
         What belongs to the phase but is no transfer: making its directories.
     tick
@@ -121,7 +135,7 @@ def run_phase(
         The first failure of the storage; nothing more is submitted then.
     """
     engine.reset_histograms()
-    meter = Meter(engine)
+    meter = Meter(engine, of_host)
     start_ns = time.monotonic_ns()
     report_to.barrier_unix_ns = time.time_ns()
     series = Series(engine, start_ns)

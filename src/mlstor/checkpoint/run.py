@@ -198,6 +198,7 @@ class Runner:
             engine,
             chains,
             report,
+            world.local_rank == 0,
             lambda: self._make_directories(op, checkpoint),
             lambda elapsed_ns, nbytes: self._tick(report, elapsed_ns, nbytes),
         )
