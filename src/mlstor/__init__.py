@@ -1,6 +1,7 @@
 """mlstor: what your storage gives a training job, and a library that gives the job that figure.
 
-Everything here is looked up when first used, so that ``import mlstor`` loads neither the native core nor numpy, torch or MPI.
+Everything here is looked up when first used, so that ``import mlstor`` loads neither the native core nor numpy, torch
+or MPI.
 """
 
 from __future__ import annotations

@@ -12,7 +12,8 @@ cdef extern from "pattern.h" nogil:
         uint64_t offset, nbytes
         uint32_t kind, found_checkpoint
         uint64_t found_run_id, found_file_id, found_offset
-    int mls_pattern_init(mls_pattern *p, uint64_t run_id, uint32_t checkpoint, uint64_t file_id, uint32_t compressibility)
+    int mls_pattern_init(mls_pattern *p, uint64_t run_id, uint32_t checkpoint, uint64_t file_id,
+                         uint32_t compressibility)
     void mls_pattern_fill(const mls_pattern *p, void *dst, uint64_t offset, size_t nbytes)
     size_t mls_pattern_check(const mls_pattern *p, const void *src, uint64_t offset, size_t nbytes, mls_damage *out,
                              size_t max, size_t *ndamage)
@@ -109,7 +110,8 @@ cdef extern from "engine.h" nogil:
         uint64_t block_bytes
         bint huge_pages, registration
     ctypedef struct mls_counters:
-        uint64_t read_bytes, written_bytes, reads, writes, syncs, busy_ns, wait_ns, zero_copy_bytes, staged_bytes, retried
+        uint64_t read_bytes, written_bytes, reads, writes, syncs, busy_ns, wait_ns
+        uint64_t zero_copy_bytes, staged_bytes, retried
     ctypedef struct mls_engine:
         pass
     ctypedef struct mls_range_done:
@@ -149,7 +151,12 @@ cdef extern from *:
     #endif
     #include "backend.h"
     #ifndef MLS_HAVE_LIBURING
-    typedef struct { int error; uint32_t flags, features; int registration_error; bool ring_fd_registered; } mls_uring_probe;
+    typedef struct {
+        int error;
+        uint32_t flags, features;
+        int registration_error;
+        bool ring_fd_registered;
+    } mls_uring_probe;
     static void mls_uring_probe_run(mls_uring_probe *probe) { memset(probe, 0, sizeof *probe); probe->error = -1; }
     #endif
     """

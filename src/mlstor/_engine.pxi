@@ -30,6 +30,7 @@ cdef list extents_of(source):
     return extents
 
 
+@cython.final
 cdef class Engine:
     """Worker threads that read and write files: io_uring with O_DIRECT where that works, else threads.
 
@@ -171,8 +172,8 @@ cdef class Engine:
         return 0
 
     def reap(self, min_done=1, timeout_s=None):
-        """Done requests, oldest first, that no `Request.wait` has returned: at least `min_done`, unless nothing is left in
-        flight or `timeout_s` is over. Ctrl-C cancels all and raises KeyboardInterrupt.
+        """Done requests, oldest first, that no `Request.wait` has returned: at least `min_done`, unless nothing is left
+        in flight or `timeout_s` is over. Ctrl-C cancels all and raises KeyboardInterrupt.
         """
         cdef uint64_t deadline = deadline_of(timeout_s)
         cdef Request request
@@ -260,7 +261,8 @@ cdef class Engine:
                         sum.zero_copy_bytes, sum.staged_bytes, sum.retried)
 
     def histograms(self):
-        """Durations since the engine was made, or `reset_histograms`: ``{"read", "write", "sync", "open", "commit"}`` to `Histogram`.
+        """Durations since the engine was made, or `reset_histograms`: a `Histogram` each for ``read``, ``write``,
+        ``sync``, ``open`` and ``commit``.
 
         Reads and writes are timed from submission to completion; filling and checking is outside.
         """
@@ -342,21 +344,21 @@ cdef class Engine:
         self.close()
 
 
-cdef dict defaults = {}
+cdef Engine default = None
+cdef object default_lock = allocate_lock()
 
 
 def default_engine():
-    """This process's engine, made when first needed; in a child process of multiprocessing (a DataLoader's worker) a small
-    one: one worker, depth 4, blocks of 1 MiB.
+    """This process's engine, made when first needed, and again once closed; in a child process of multiprocessing (a
+    DataLoader's worker) a small one: one worker, depth 4, blocks of 1 MiB.
     """
-    pid = os.getpid()
-    if pid not in defaults:
-        process = sys.modules.get("multiprocessing.process")
-        child = process is not None and process.parent_process() is not None
-        small = {"workers": 1, "depth": 4, "block_bytes": 1 << 20} if child else {}
-        defaults.clear()  # an engine of a parent is of no use here
-        defaults[pid] = Engine(**small)
-    return defaults[pid]
+    global default
+    with default_lock:
+        if default is None or default.engine == NULL or default.closing or default.pid != getpid():
+            process = sys.modules.get("multiprocessing.process")
+            child = process is not None and process.parent_process() is not None
+            default = Engine(**{"workers": 1, "depth": 4, "block_bytes": 1 << 20} if child else {})
+        return default
 
 
 cdef dict paused = {}  # by forking thread: the engines that it has paused
@@ -382,6 +384,13 @@ def _resume_all():
         engine.inside -= 1
 
 
+def _begin_child():
+    # What another thread of the parent held or had paused is of no concern here.
+    global default_lock
+    default_lock = allocate_lock()
+    paused.clear()
+
+
 def _close_all():
     cdef Engine engine
     for engine in list(_engines):
@@ -389,5 +398,5 @@ def _close_all():
             engine.close()
 
 
-os.register_at_fork(before=_pause_all, after_in_parent=_resume_all, after_in_child=paused.clear)
+os.register_at_fork(before=_pause_all, after_in_parent=_resume_all, after_in_child=_begin_child)
 atexit.register(_close_all)

@@ -2,9 +2,8 @@
 
 
 def evict(path):
-    """Writes back what is dirty of a file and drops its pages from the page cache; `resident` tells whether they are gone.
-
-    Caches of a server, a hypervisor or a FUSE daemon are out of reach.
+    """Writes back what is dirty of a file and drops its pages from the page cache; `resident` tells whether they are
+    gone. Caches of a server, a hypervisor or a FUSE daemon are out of reach.
     """
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     cdef int number = fd, error
@@ -45,7 +44,7 @@ def resident(path, offset=0, nbytes=None):
 
 
 def build_info():
-    """What this build holds: liburing and ISA-L versions (None: built without), and what computes digests and patterns."""
+    """What this build holds: liburing and ISA-L versions (None: built without); what computes digests and patterns."""
     return {
         "liburing": MLS_LIBURING_VERSION.decode() or None,
         "isal": MLS_ISAL_VERSION.decode() or None,
@@ -59,7 +58,7 @@ cdef dict RING_FLAGS = {1 << 8: "COOP_TASKRUN", 1 << 12: "SINGLE_ISSUER", 1 << 1
 
 
 def probe():
-    """What the kernel grants an io_uring of this process, by setting one up: flags, features, registration of 64 MiB."""
+    """What the kernel grants an io_uring of this process, by setting one up: flags, features, registering 64 MiB."""
     cdef mls_uring_probe found
     with nogil:
         mls_uring_probe_run(&found)

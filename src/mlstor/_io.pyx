@@ -1,7 +1,8 @@
 # cython: language_level=3str, binding=True, embedsignature=True, cdivision=True
 """The native core as Python sees it: engines, requests, aligned buffers, patterns, the page cache.
 
-Arguments are checked once, here; what follows runs in the core's threads without the GIL. Errors of the storage are `OSError`.
+Arguments are checked once, here; what follows runs in the core's threads without the GIL. Errors of the storage are
+`OSError`.
 """
 
 import atexit
@@ -9,8 +10,10 @@ import errno
 import os
 import sys
 import weakref
-from _thread import get_ident
+from _thread import allocate_lock, get_ident
+from operator import index
 
+cimport cython
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_FillInfo, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
 from cpython.exc cimport PyErr_CheckSignals

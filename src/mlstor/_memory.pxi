@@ -1,8 +1,9 @@
 # Part of _io.pyx: memory that I/O goes to or comes from, and the pattern that fills it.
 
+@cython.final
 cdef class AlignedBuffer:
-    """Memory whose address is a multiple of `align_bytes`, zeroed; a writable buffer of bytes. From 2 MiB on it asks for
-    huge pages, with which direct I/O costs about half the CPU.
+    """Memory whose address is a multiple of `align_bytes`, zeroed; a writable buffer of bytes. From 2 MiB on it asks
+    for huge pages, with which direct I/O costs about half the CPU.
 
     Parameters
     ----------
@@ -79,6 +80,7 @@ cdef object damage_of(const mls_damage *found):
                   found.found_checkpoint, found.found_file_id, found.found_offset)
 
 
+@cython.final
 cdef class Pattern:
     """Stamped contents: a pure function of these four numbers and the offset; see csrc/pattern.h.
 

@@ -1,6 +1,7 @@
 # Part of _io.pyx: arrays of ranges of an open file, without a Python object per range.
 
 
+@cython.final
 cdef class RangeFile:
     """An open file of which ranges are read in batches. Made by `open_ranges`.
 
@@ -12,13 +13,13 @@ cdef class RangeFile:
     cdef readonly Engine engine
     cdef readonly str path
     cdef readonly size_t outstanding
-    cdef list views
+    cdef dict views       # by address and size, so that a long stream into one buffer holds it once
     cdef int64_t most
 
     def __cinit__(self, Engine engine, path, direct=None):
         self.engine = engine
         self.path = os.fsdecode(path)
-        self.views = []
+        self.views = {}
         engine.alive()
         mode = engine.settings.for_target(path).direct if direct is None else direct
         if mode not in MODES:
@@ -27,7 +28,7 @@ cdef class RangeFile:
         if nbytes and mode != "off":  # learns whether direct I/O works on this mount
             engine.read_file(path, None, 0, min(nbytes, 4096), direct=mode)
         self.queue = mls_range_queue_new()
-        self.file = mls_file_new(os.fsencode(path))
+        self.file = mls_file_new(encoded_path(path))
         if self.queue == NULL or self.file == NULL:
             raise MemoryError
         cdef int word = MODES[mode], error
@@ -42,8 +43,8 @@ cdef class RangeFile:
         if self.file.align.read_offset_align > 4096:
             self.most += 8192 - 2 * <int64_t>self.file.align.read_offset_align
         if self.most < 1:
-            raise ValueError(f"{self.path}: block_bytes={engine.settings.block_bytes} is too small for direct ranges in "
-                             f"blocks of {self.file.align.read_offset_align} bytes")
+            raise ValueError(f"{self.path}: block_bytes={engine.settings.block_bytes} is too small for direct ranges "
+                             f"in blocks of {self.file.align.read_offset_align} bytes")
 
     def __dealloc__(self):
         if self.file != NULL:
@@ -76,7 +77,7 @@ cdef class RangeFile:
         cdef const mls_range *item = <const mls_range *>array.view.buf
         cdef size_t count = array.view.len // sizeof(mls_range)
         cdef size_t room = 0 if target is None else target.view.len
-        cdef uint64_t most = self.most
+        cdef uint64_t most = self.most, last = MOST_FILE_BYTES - self.most
         cdef mls_op *op
         cdef size_t i, bad = 0
         cdef int error
@@ -98,7 +99,7 @@ cdef class RangeFile:
                     raise ValueError(f"range {i} has {item[i].nbytes} bytes; 1 to {most} (block_bytes) are accepted")
                 if target is not None and (item[i].dest > room or item[i].nbytes > room - item[i].dest):
                     raise ValueError(f"range {i} lies outside the buffer of {room} bytes")
-                if item[i].offset > MOST_FILE_BYTES - most:
+                if item[i].offset > last:
                     raise ValueError(f"range {i} begins at {item[i].offset}, beyond the greatest file offset")
                 op.tags[i] = item[i].tag
                 op.extents[i].offset = op.units[i].offset = item[i].offset
@@ -117,7 +118,8 @@ cdef class RangeFile:
         finally:
             mls_op_unref(op)
         self.outstanding += count
-        self.views.append(target)
+        if target is not None:
+            self.views.setdefault((<uintptr_t>target.view.buf, target.view.len), target)
         in_flight[id(self)] = self
         return count
 
@@ -132,19 +134,21 @@ cdef class RangeFile:
         cdef size_t count = 0
         cdef uint64_t deadline = deadline_of(timeout_s)
         cdef int64_t tick
-        while True:
-            self.engine.alive()
-            tick = tick_of(deadline)
-            with nogil:
-                count += mls_range_queue_pop(self.queue, done + count, most - count, least - count, tick)
-            if count >= least:
-                break
-            PyErr_CheckSignals()
-            if mls_now_ns() >= deadline:
-                break
-        self.outstanding -= count
-        if not self.outstanding and in_flight.pop(id(self), None) is not None:
-            self.views = []
+        try:
+            while True:
+                self.engine.alive()
+                tick = tick_of(deadline)
+                with nogil:
+                    count += mls_range_queue_pop(self.queue, done + count, most - count, least - count, tick)
+                if count >= least:
+                    break
+                PyErr_CheckSignals()
+                if mls_now_ns() >= deadline:
+                    break
+        finally:  # what Ctrl-C came amidst has been taken all the same
+            self.outstanding -= count
+            if not self.outstanding and in_flight.pop(id(self), None) is not None:
+                self.views = {}
         return count
 
 

@@ -10,6 +10,15 @@ cdef int supply_late(void *user) noexcept with gil:
         return -1
 
 
+cdef bytes encoded_path(path):
+    """The path as the core takes it."""
+    encoded = os.fsencode(path)
+    if b"\0" in encoded:
+        raise ValueError(f"a path holds no null byte: {os.fsdecode(path)!r}")
+    return encoded
+
+
+@cython.final
 cdef class Request:
     """An operation under way, or done. Made by `Engine.submit`; holds the buffers until it is done."""
 
@@ -39,7 +48,7 @@ cdef class Request:
             raise TypeError("extents is a sequence of Extent")
         self.groups = sorted({extent.group for extent in extents if extent.digest is not None})
         group_index = {group: i for i, group in enumerate(self.groups)}
-        encoded = os.fsencode(operation.path)
+        encoded = encoded_path(operation.path)
         self.op = mls_op_new(MLS_OP_WRITE if writing else MLS_OP_READ, encoded, NULL, len(extents), len(self.groups))
         if self.op == NULL:
             raise MemoryError
@@ -56,13 +65,14 @@ cdef class Request:
     cdef int set_extent(self, mls_extent *out, extent, uint32_t group, bint writing) except -1:
         cdef _View view
         data = extent.data
-        if extent.offset < 0 or extent.nbytes < 0:
-            raise ValueError(f"an extent's offset and nbytes are not negative: {extent.offset}, {extent.nbytes}")
-        if extent.offset + extent.nbytes > MOST_FILE_BYTES:
-            raise ValueError(f"an extent ends at {extent.offset + extent.nbytes}, beyond the greatest file offset")
+        offset, nbytes = index(extent.offset), index(extent.nbytes)
+        if offset < 0 or nbytes < 0:
+            raise ValueError(f"an extent's offset and nbytes are not negative: {offset}, {nbytes}")
+        if offset + nbytes > MOST_FILE_BYTES:
+            raise ValueError(f"an extent ends at {offset + nbytes}, beyond the greatest file offset")
         if extent.digest not in DIGESTS:
             raise ValueError(f"a digest is crc32, crc32c or xxh64, not {extent.digest!r}")
-        out.offset, out.nbytes, out.digest = extent.offset, extent.nbytes, DIGESTS[extent.digest]
+        out.offset, out.nbytes, out.digest = offset, nbytes, DIGESTS[extent.digest]
         out.group = group
         if isinstance(data, Pattern):
             out.kind = MLS_EXTENT_PATTERN
@@ -80,8 +90,8 @@ cdef class Request:
             self.op.user = <void *>self
         else:
             view = _View(data, not writing)
-            if view.view.len != extent.nbytes:
-                raise ValueError(f"an extent of {extent.nbytes} bytes was given a buffer of {view.view.len}")
+            if view.view.len != nbytes:
+                raise ValueError(f"an extent of {nbytes} bytes was given a buffer of {view.view.len}")
             out.kind = MLS_EXTENT_MEMORY
             out.memory = <unsigned char *>view.view.buf
             self.views.append(view)
@@ -95,10 +105,11 @@ cdef class Request:
         if self.lates and any(extent.digest == "xxh64" for extent in extents):
             raise ValueError("xxh64 needs the bytes in file order, and late extents come last")
         if mls_op_seal(self.op, &bad) < 0:
-            raise ValueError(f"extents overlap, or break the order that xxh64 needs, at offset {self.op.extents[bad].offset}")
+            raise ValueError("extents overlap, or break the order that xxh64 needs, at offset "
+                             f"{self.op.extents[bad].offset}")
         end = max((extent.offset + extent.nbytes for extent in extents), default=0)
         if writing:
-            nbytes = end if self.operation.nbytes is None else self.operation.nbytes
+            nbytes = end if self.operation.nbytes is None else index(self.operation.nbytes)
             if nbytes < end:
                 raise ValueError(f"nbytes={nbytes} is below the end of the extents, {end}")
             if nbytes > MOST_FILE_BYTES:

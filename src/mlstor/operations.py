@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from enum import IntFlag
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 
 class Step(IntFlag):
@@ -123,7 +123,7 @@ class Result(NamedTuple):
     #: io_uring or threads
     backend: str
     #: yes (confirmed: nothing was in the page cache afterwards), no, or unverified
-    direct: str
+    direct: Literal["yes", "no", "unverified"]
     #: why direct is no or unverified, or how it was confirmed
     reason: str
     mem_align: int
@@ -159,7 +159,7 @@ class Histogram(NamedTuple):
 
     #: bucket index: how many; empty buckets are left out
     buckets: dict[int, int]
-    count: int
+    count: int  # type: ignore[assignment]  # a tuple's own count is of no use here
     sum_ns: int
     min_ns: int
     max_ns: int

@@ -99,7 +99,10 @@ int mls_op_seal(mls_op *op, size_t *bad)
 void mls_op_fail(mls_op *op, int error, int stage, uint64_t offset)
 {
     pthread_mutex_lock(&op->lock);
-    if (!atomic_load(&op->failed) && !op->ended) {
+    int before = atomic_load(&op->failed);
+    /* blocks behind the end of a short file may be found missing before the one that holds it */
+    bool nearer = before == MLS_ESHORT && error == MLS_ESHORT && offset < op->result.error_offset;
+    if (!op->ended && (!before || nearer)) {
         op->result.error = error;
         op->result.stage = stage;
         op->result.error_offset = offset;

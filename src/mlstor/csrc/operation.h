@@ -158,7 +158,7 @@ void mls_op_unref(mls_op *op);
  * overlaps the one before it, or that breaks the order that xxh64 needs. */
 int mls_op_seal(mls_op *op, size_t *bad);
 
-/* Keeps the first error of an operation that has not ended. */
+/* Keeps the first error of an operation that has not ended; of several MLS_ESHORT the one nearest to the start. */
 void mls_op_fail(mls_op *op, int error, int stage, uint64_t offset);
 
 bool mls_op_is_done(const mls_op *op);

@@ -60,12 +60,14 @@ int mls_plan_units(mls_op *op, uint64_t limit)
     if (!op->units)
         return -ENOMEM;
     uint64_t last_block = UINT64_MAX;
+    /* Where nothing need be aligned, the blocks of a serial operation count from its first byte, as a loop's would. */
+    uint64_t origin = op->serial && op->nextents && op->file && !op->file->direct ? op->extents[0].offset : 0;
     for (size_t i = 0; i < op->nextents; i++) {
         uint64_t position = op->extents[i].offset;
         uint64_t end = min_u64(position + op->extents[i].nbytes, limit);
         while (position < end) {
-            uint64_t block = position / op->block_bytes;
-            uint64_t stop = min_u64(end, (block + 1) * op->block_bytes);
+            uint64_t block = (position - origin) / op->block_bytes;
+            uint64_t stop = min_u64(end, origin + (block + 1) * op->block_bytes);
             if (block == last_block) { /* another extent in the block of the last unit */
                 mls_unit *unit = &op->units[count - 1];
                 unit->nbytes = (uint32_t)(stop - unit->offset);

@@ -4,7 +4,8 @@
 
 #include "operation.h"
 
-/* Cuts the sealed extents of `op` at multiples of its block size into op->units. Bytes from `limit` on (the tail of a
+/* Cuts the sealed extents of `op` into op->units, at multiples of its block size: from the file's begin, or where `op` is
+ * serial and not direct, from its own first byte. Bytes from `limit` on (the tail of a
  * direct write, else UINT64_MAX) are left out. Units that hold late bytes come last. 0 or -ENOMEM. */
 int mls_plan_units(mls_op *op, uint64_t limit);
 

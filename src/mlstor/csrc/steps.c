@@ -154,6 +154,9 @@ void mls_steps_fall_back(mls_worker *worker, mls_op *op, int error)
     bool writing = op->kind == MLS_OP_WRITE;
     int result = mls_file_fall_back(op->file, writing, op->direct_mode, error, &worker->engine->latches);
     op->probing = false;
+    pthread_mutex_lock(&worker->engine->lock); /* nobody is to look at it while it is planned anew */
+    mls_crew_dequeue_locked(&worker->engine->crews[op->crew], op);
+    pthread_mutex_unlock(&worker->engine->lock);
     if (worker->current == op) { /* the other crew's now: two owners would break the order of a serial one */
         worker->current = NULL;
         mls_op_unref(op);

@@ -1,0 +1,176 @@
+"""Arrays of ranges of an open file."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from engine_support import BACKENDS, BLOCK, DIRECTS, engines, memory, noise, small_engine
+
+from mlstor._io import Engine, RangeFile, open_ranges
+from mlstor.operations import DONE_DTYPE, RANGE_DTYPE
+
+NBYTES = 40 * BLOCK + 100
+
+
+@pytest.fixture(scope="module")
+def by_backend() -> Iterator[dict[str, Engine]]:
+    with engines() as made:
+        yield made
+
+
+@pytest.fixture(params=BACKENDS)
+def engine(request: pytest.FixtureRequest, by_backend: dict[str, Engine]) -> Engine:
+    if request.param not in by_backend:
+        pytest.skip("io_uring is refused here")
+    return by_backend[request.param]
+
+
+@pytest.fixture(scope="module")
+def content() -> bytes:
+    return noise(NBYTES)
+
+
+@pytest.fixture
+def path(tmp_path: Path, content: bytes) -> Path:
+    (tmp_path / "file").write_bytes(content)
+    return tmp_path / "file"
+
+
+def ranges(*rows: tuple[int, int, int, int]) -> np.ndarray:
+    return np.array(list(rows), dtype=RANGE_DTYPE)
+
+
+def reap_all(file: RangeFile) -> np.ndarray:
+    done = np.zeros(file.outstanding, dtype=DONE_DTYPE)
+    reaped = 0
+    while reaped < len(done):
+        reaped += file.reap(done[reaped:], min_done=1, timeout_s=30)
+    return done
+
+
+@pytest.mark.parametrize("direct", DIRECTS)
+@pytest.mark.parametrize("longest", [4096, BLOCK])
+def test_random_ranges(engine: Engine, path: Path, content: bytes, direct: str, longest: int) -> None:
+    random = np.random.default_rng(7)
+    count = 1500
+    asked = np.zeros(count, dtype=RANGE_DTYPE)
+    asked["tag"] = random.permutation(count)
+    asked["nbytes"] = random.integers(1, longest + 1, count)
+    asked["offset"] = random.integers(0, NBYTES - longest, count)
+    asked["offset"][::3] &= ~np.uint64(4095)
+    asked["nbytes"][::3] = 4096
+    stride = (longest + 8191) // 4096 * 4096
+    asked["dest"] = np.arange(count) * stride
+    asked["dest"][1::2] += 13  # not aligned: through the staging pool
+    buffer = memory(count * stride)
+    file = open_ranges(engine, path, direct)
+    assert file.nbytes == NBYTES
+    for first in range(0, count, 400):
+        assert file.submit(asked[first : first + 400], buffer) == len(asked[first : first + 400])
+    done = reap_all(file)
+    assert file.outstanding == 0
+    by_tag = {int(row["tag"]): row for row in done}
+    assert len(by_tag) == count
+    for tag, offset, nbytes, dest in asked.tolist():
+        assert by_tag[tag]["result"] == nbytes
+        assert by_tag[tag]["latency_ns"] > 0
+        assert buffer[dest : dest + nbytes] == content[offset : offset + nbytes]
+
+
+def test_ranges_without_a_buffer_are_read_and_dropped(engine: Engine, path: Path) -> None:
+    before = engine.counters().read_bytes
+    file = open_ranges(engine, path)
+    file.submit(ranges((1, 0, 4096, 0), (2, 8192, 4096, 0)))
+    assert sorted(reap_all(file)["tag"].tolist()) == [1, 2]
+    assert engine.counters().read_bytes >= before + 8192
+
+
+@pytest.mark.parametrize("direct", DIRECTS)
+def test_ranges_past_the_end_say_so(engine: Engine, path: Path, direct: str) -> None:
+    file = open_ranges(engine, path, direct)
+    rows = (1, NBYTES - 10, 10, 0), (2, NBYTES - 10, 11, 100), (3, NBYTES + 10_000, 1, 200)
+    file.submit(ranges(*rows), bytearray(300))
+    results = {int(row["tag"]): int(row["result"]) for row in reap_all(file)}
+    assert results == {1: 10, 2: -10001, 3: -10001}
+
+
+@pytest.mark.parametrize(
+    ("row", "text"),
+    [
+        ((0, 0, 0, 0), "range 0 has 0 bytes"),
+        ((0, 0, BLOCK + 1, 0), f"range 0 has {BLOCK + 1} bytes"),
+        ((0, 0, 100, 1), "outside the buffer"),
+        ((0, 0, 100, 2**64 - 50), "outside the buffer"),
+        ((0, 2**64 - 4096, 100, 0), "greatest file offset"),
+    ],
+)
+def test_ranges_are_checked(engine: Engine, path: Path, row: tuple[int, int, int, int], text: str) -> None:
+    file = open_ranges(engine, path)
+    with pytest.raises(ValueError, match=text):
+        file.submit(ranges(row), bytearray(100))
+    assert file.outstanding == 0
+    with pytest.raises(ValueError, match="RANGE_DTYPE"):
+        file.submit(np.zeros(3, dtype="u1"))
+    with pytest.raises(BufferError):
+        file.submit(ranges((0, 0, 5, 0)), b"12345")
+    assert file.submit(ranges(), bytearray(1)) == 0
+    assert file.reap(np.zeros(4, dtype=DONE_DTYPE)) == 0
+
+
+def test_a_missing_file_and_an_unknown_word(engine: Engine, path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        open_ranges(engine, path.with_name("absent"))
+    with pytest.raises(ValueError, match="auto, require or off"):
+        open_ranges(engine, path, "maybe")
+
+
+def test_an_empty_file_has_no_ranges(engine: Engine, tmp_path: Path) -> None:
+    (tmp_path / "empty").touch()
+    file = open_ranges(engine, tmp_path / "empty")
+    assert file.nbytes == 0
+    file.submit(ranges((5, 0, 1, 0)))
+    assert reap_all(file)["result"].tolist() == [-10001]
+
+
+def test_reap_returns_at_its_timeout_and_never_more_than_fits(engine: Engine, path: Path) -> None:
+    file = open_ranges(engine, path)
+    out = np.zeros(2, dtype=DONE_DTYPE)
+    assert file.reap(out, min_done=2, timeout_s=0) == 0
+    file.submit(ranges(*((i, 0, 100, 0) for i in range(5))))
+    assert [file.reap(out, min_done=2), file.reap(out, min_done=2), file.reap(out, min_done=2)] == [2, 2, 1]
+
+
+def test_buffer_and_file_live_as_long_as_ranges_are_under_way(engine: Engine, path: Path, content: bytes) -> None:
+    buffer = bytearray(BLOCK)
+    file = open_ranges(engine, path)
+    for _ in range(20):
+        file.submit(ranges((0, 0, BLOCK, 0)), buffer)
+    with pytest.raises(BufferError):
+        buffer.append(0)
+    del file  # its ranges go on
+    gc.collect()
+    assert engine.drain(30)
+    assert buffer == content[:BLOCK]
+
+
+def test_the_buffer_is_released_when_all_are_reaped(engine: Engine, path: Path) -> None:
+    buffer = bytearray(BLOCK)
+    file = open_ranges(engine, path)
+    file.submit(ranges((0, 0, BLOCK, 0), (1, 0, 10, 0)), buffer)
+    reap_all(file)
+    buffer.append(0)
+
+
+def test_a_closed_engine_ends_its_range_files(path: Path) -> None:
+    engine = small_engine("threads")
+    file = open_ranges(engine, path)
+    file.submit(ranges(*((i, 0, 100, 0) for i in range(500))))
+    engine.close()
+    with pytest.raises(ValueError, match="closed"):
+        file.submit(ranges((0, 0, 1, 0)))
+    with pytest.raises(ValueError, match="closed"):
+        file.reap(np.zeros(1, dtype=DONE_DTYPE))
