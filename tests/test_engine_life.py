@@ -231,6 +231,7 @@ def test_many_engines_come_and_go(tmp_path: Path) -> None:
     def descriptors() -> int:
         return len(os.listdir("/proc/self/fd"))
 
+    gc.collect()  # engines of other tests
     before = threads(), descriptors()
     for i in range(60):
         engine = small_engine(BACKENDS[i % 2])

@@ -72,11 +72,11 @@ def test_the_longest_target_prefix_wins_by_whole_components(profile):
     assert settings.for_target("/mnt/lustre/x").source("depth") == f"profile {profile} for /mnt/lustre"
     assert settings.for_target("/mnt/lustre").block_bytes == 8 << 20
     assert settings.for_target(Path("/mnt/lustre/fast/x")).depth == 32
-    assert settings.for_target("/mnt/lustre/fast/x").block_bytes == 4 << 20
+    assert settings.for_target("/mnt/lustre/fast/x").block_bytes == 0
     assert settings.for_target("/mnt/lustre2").depth == 4
     assert settings.for_target("/mnt/lustre/../other").depth == 4
     assert settings.for_target("s3://bucket/a/b").block_bytes == 32 << 20
-    assert settings.for_target("s3://bucket/ab").block_bytes == 4 << 20
+    assert settings.for_target("s3://bucket/ab").block_bytes == 0
 
 
 def test_the_root_is_a_prefix_of_every_path(profile):
@@ -110,7 +110,7 @@ def test_settings_cannot_be_changed_and_survive_pickling(profile):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ({"depth": 0}, "depth=0 is not accepted: depth takes a whole number from 1 to 4096"),
+        ({"depth": -1}, "depth=-1 is not accepted: depth takes a whole number from 0 to 4096"),
         ({"depth": "many"}, "depth=many"),
         ({"depth": 2.5}, "depth=2.5"),
         ({"depth": True}, "depth=True"),

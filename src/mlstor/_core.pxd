@@ -108,6 +108,8 @@ cdef extern from "engine.h" nogil:
         int backend
         unsigned workers, depth
         uint64_t block_bytes
+        bint automatic_block
+        uint64_t window_bytes
         bint huge_pages, registration
     ctypedef struct mls_counters:
         uint64_t read_bytes, written_bytes, reads, writes, syncs, busy_ns, wait_ns

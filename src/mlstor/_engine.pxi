@@ -43,7 +43,8 @@ cdef class Engine:
 
     Notes
     -----
-    Staging memory is ``workers * depth * (block_bytes + 8 KiB)``, allocated and touched once; as much again when the
+    Staging memory is ``workers * depth * (block_bytes + 8 KiB)``, 64 MiB by default (blocks of up to 4 MiB, depth up to
+    8), allocated and touched once; as much again when the
     first file needs buffered I/O on an engine whose direct I/O goes through io_uring. An engine belongs to the
     process that made it: used after a fork in the child, it raises RuntimeError.
 
@@ -74,8 +75,10 @@ cdef class Engine:
         self.pid = getpid()
         config.backend = BACKENDS[self.settings.backend]
         config.workers = self.settings.worker_count()
-        config.depth = self.settings.depth
-        config.block_bytes = self.settings.block_bytes
+        config.depth = self.settings.depth_count()
+        config.window_bytes = 0 if self.settings.depth else WINDOW_BYTES
+        config.block_bytes = self.settings.slot_nbytes()
+        config.automatic_block = self.settings.block_bytes == 0
         config.huge_pages = self.settings.pool_huge == "auto"
         config.registration = self.settings.register == "auto"
         with nogil:

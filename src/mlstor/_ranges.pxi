@@ -39,11 +39,11 @@ cdef class RangeFile:
         if error < 0:
             raise storage_error(-error, 1, 0, self.path, self.file.reason.decode(errors="replace"))
         # A range may touch two alignment blocks in part; a staging slot has 8 KiB beyond block_bytes for them.
-        self.most = engine.settings.block_bytes
+        self.most = engine.settings.slot_nbytes()
         if self.file.align.read_offset_align > 4096:
             self.most += 8192 - 2 * <int64_t>self.file.align.read_offset_align
         if self.most < 1:
-            raise ValueError(f"{self.path}: block_bytes={engine.settings.block_bytes} is too small for direct ranges "
+            raise ValueError(f"{self.path}: block_bytes={engine.settings.slot_nbytes()} is too small for direct ranges "
                              f"in blocks of {self.file.align.read_offset_align} bytes")
 
     def __dealloc__(self):

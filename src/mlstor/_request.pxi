@@ -53,11 +53,11 @@ cdef class Request:
         if self.op == NULL:
             raise MemoryError
         self.op.steps = int(operation.steps)
-        self.op.block_bytes = operation.block_bytes or min(settings.block_bytes, engine.settings.block_bytes)
+        self.op.block_bytes = operation.block_bytes or min(settings.block_bytes, engine.settings.slot_nbytes())
         self.op.direct_mode = MODES[direct]
         self.op.serial = operation.serial
-        if self.op.block_bytes > engine.settings.block_bytes:
-            raise ValueError(f"block_bytes={self.op.block_bytes} exceeds the engine's {engine.settings.block_bytes}")
+        if self.op.block_bytes > engine.settings.slot_nbytes():
+            raise ValueError(f"block_bytes={self.op.block_bytes} exceeds the engine's {engine.settings.slot_nbytes()}")
         for i, extent in enumerate(extents):
             self.set_extent(&self.op.extents[i], extent, group_index.get(extent.group, 0), writing)
         self.seal(extents, writing)

@@ -46,9 +46,11 @@ def _count(least: int, most: int) -> Kind:
     return Kind(parse, f"a whole number from {least} to {most}")
 
 
-def _size(least: int, most: int, multiple: int) -> Kind:
+def _size(least: int, most: int, multiple: int, automatic: bool = False) -> Kind:
     def parse(text: str) -> int:
         nbytes = parse_size(text)
+        if automatic and nbytes == 0:
+            return 0
         if not least <= nbytes <= most or nbytes % multiple:
             raise ValueError
         return nbytes
@@ -66,9 +68,7 @@ def _path() -> Kind:
     return Kind(parse, "a path")
 
 
-def _setting(
-    default: Any, kind: Kind, *, unit: str, help: str, env: str = "", per_target: bool = False
-) -> Any:
+def _setting(default: Any, kind: Kind, *, unit: str, help: str, env: str = "", per_target: bool = False) -> Any:
     """Declare one setting; `env` is its variable if that isn't MLSTOR_ and its name in capitals."""
     metadata = {"kind": kind, "unit": unit, "help": help, "env": env, "per_target": per_target}
     return field(default=default, metadata=metadata)
@@ -95,17 +95,17 @@ class Settings:
         per_target=True,
     )
     block_bytes: int = _setting(
-        4 << 20,
-        _size(4096, 1 << 30, 4096),
+        0,
+        _size(4096, 1 << 30, 4096, automatic=True),
         unit="bytes",
-        help="bytes of one read or write",
+        help="bytes of one read or write; 0 takes 1 MiB, or up to 4 MiB where the file system prefers more",
         per_target=True,
     )
     depth: int = _setting(
-        8,
-        _count(1, 4096),
+        0,
+        _count(0, 4096),
         unit="operations",
-        help="reads or writes in flight per worker",
+        help="reads or writes in flight per worker; 0 begins with 4 MiB and takes up to 8 where they are slow",
         per_target=True,
     )
     workers: int = _setting(
@@ -179,9 +179,7 @@ class Settings:
         A target's values replace defaults and the profile's own; arguments and ``MLSTOR_*`` stay, since they
         were said for this run.
         """
-        prefix = max(
-            (key for key in self._targets if _lies_under(os.fspath(path), key)), key=len, default=None
-        )
+        prefix = max((key for key in self._targets if _lies_under(os.fspath(path), key)), key=len, default=None)
         if prefix is None:
             return self
         replaced = {
@@ -199,6 +197,14 @@ class Settings:
     def describe(self) -> dict[str, dict[str, Any]]:
         """Each setting's value and source, as results record them."""
         return {s.name: {"value": getattr(self, s.name), "source": self.source(s.name)} for s in declared()}
+
+    def slot_nbytes(self) -> int:
+        """Bytes of a staging slot, which bounds a transfer: `block_bytes`, or 4 MiB where that is 0."""
+        return self.block_bytes or 4 << 20
+
+    def depth_count(self) -> int:
+        """Transfers that a worker has in flight at most: `depth`, or 8 where that is 0."""
+        return self.depth or 8
 
     def worker_count(self) -> int:
         """`workers`, or where that is 0 the automatic choice: two, or one where only one core is allowed."""
@@ -249,9 +255,7 @@ def _stored_profile(
         path,
         _parsed_mapping(content, known, path),
         {
-            _normal(prefix): _parsed_mapping(
-                _mapping(values, f"{path}: {prefix}"), per_target, f"{path}: {prefix}"
-            )
+            _normal(prefix): _parsed_mapping(_mapping(values, f"{path}: {prefix}"), per_target, f"{path}: {prefix}")
             for prefix, values in targets.items()
         },
     )

@@ -165,10 +165,10 @@ static void *meddle(void *argument)
     CHECK(h);
     while (!atomic_load(&m->stop)) {
         mls_engine_pause(m->engine);
-        CHECK(atomic_load(&m->engine->user_memory_in_flight) == 0);
+        CHECK(mls_engine_user_memory(m->engine) == 0);
         mls_engine_pause(m->engine); /* another thread forks as well */
         mls_engine_resume(m->engine);
-        CHECK(atomic_load(&m->engine->user_memory_in_flight) == 0);
+        CHECK(mls_engine_user_memory(m->engine) == 0);
         mls_engine_resume(m->engine);
         mls_engine_counters(m->engine, &now);
         CHECK(now.written_bytes >= before.written_bytes && now.read_bytes >= before.read_bytes);

@@ -8,10 +8,10 @@ static const char *dir;
 
 /* ---- the backend ---- */
 
-enum fault { CUT = 1, INTERRUPT = 2, AGAIN = 4, FULL = 8, REFUSE_DIRECT = 16, FAIL = 32, SYNC_FAILS = 64, ODD = 128 };
+enum fault { CUT = 1, INTERRUPT = 2, AGAIN = 4, FULL = 8, REFUSE_DIRECT = 16, FAIL = 32, SYNC_FAILS = 64, ODD = 128, SLOW = 256 };
 
 static _Atomic int faults;
-static _Atomic unsigned cut, interrupted, again, full, refused;
+static _Atomic unsigned cut, interrupted, again, full, refused, most_in_flight;
 
 #define MOST 64
 
@@ -74,6 +74,8 @@ static int fake_submit(void *opaque, mls_io *io)
     }
     io->result = serve(io, s->calls);
     s->done[s->ndone++] = io;
+    if (s->ndone > atomic_load(&most_in_flight))
+        atomic_store(&most_in_flight, (unsigned)s->ndone);
     return 0;
 }
 
@@ -83,6 +85,8 @@ static size_t fake_reap(void *opaque, mls_io **done, size_t max)
     state *s = opaque;
     if (!s->ndone || !max)
         return 0;
+    if (atomic_load(&faults) & SLOW)
+        nanosleep(&(struct timespec){0, 5000000}, NULL); /* longer than what the engine calls slow */
     done[0] = s->done[--s->ndone];
     return 1;
 }
@@ -281,6 +285,54 @@ static void test_errors_that_stay(void)
     free(bytes);
 }
 
+/* With an automatic depth as much is in flight as the window allows, and more only where transfers are slow. */
+static void test_the_window_opens_on_slow_storage_only(void)
+{
+    unsigned char *bytes = calloc(1, 4 * MIB);
+    CHECK(bytes);
+    for (int slow = 0; slow < 2; slow++) {
+        mls_config config = config_of(MLS_BACKEND_AUTO, 1, 8, 32 * KIB);
+        int error = 0;
+        config.window_bytes = 64 * KIB;
+        atomic_store(&faults, slow ? SLOW : 0);
+        atomic_store(&most_in_flight, 0);
+        mls_engine *engine = mls_engine_new_on(&config, &fake, &error);
+        CHECK(engine);
+        mls_op *op = op_of(MLS_OP_WRITE, path_of(dir, "window", 0), 1, 0, MLS_MODE_AUTO);
+        op->file_nbytes = 4 * MIB;
+        extent_of(op, 0, 0, 4 * MIB, bytes);
+        seal_and_submit(engine, op);
+        reap_all(engine);
+        CHECK(op->result.error == 0);
+        CHECK(slow ? atomic_load(&most_in_flight) == 8 : atomic_load(&most_in_flight) <= 2);
+        mls_op_unref(op);
+        mls_engine_free(engine);
+    }
+    free(bytes);
+}
+
+/* An automatic block is 1 MiB, or what the file system prefers, within the engine's slots. */
+static void test_the_automatic_block(void)
+{
+    unsigned char *bytes = calloc(1, 8 * MIB);
+    CHECK(bytes);
+    mls_config config = config_of(MLS_BACKEND_AUTO, 1, 2, 4 * MIB);
+    int error = 0;
+    config.automatic_block = true;
+    atomic_store(&faults, 0);
+    mls_engine *engine = mls_engine_new_on(&config, &fake, &error);
+    CHECK(engine);
+    mls_op *op = op_of(MLS_OP_WRITE, path_of(dir, "block", 0), 1, 0, MLS_MODE_AUTO);
+    op->file_nbytes = 8 * MIB;
+    extent_of(op, 0, 0, 8 * MIB, bytes);
+    seal_and_submit(engine, op);
+    reap_all(engine);
+    CHECK(op->result.error == 0 && op->result.align.blksize <= MIB && op->block_bytes == MIB);
+    mls_op_unref(op);
+    mls_engine_free(engine);
+    free(bytes);
+}
+
 int main(int argc, char **argv)
 {
     char template[] = "/var/tmp/mlstor-faults-XXXXXX";
@@ -290,6 +342,8 @@ int main(int argc, char **argv)
     test_direct_refused_at_the_first_transfer();
     test_direct_required_and_refused();
     test_errors_that_stay();
+    test_the_window_opens_on_slow_storage_only();
+    test_the_automatic_block();
     if (argc == 1) {
         char command[600];
         snprintf(command, sizeof command, "rm -rf '%s'", dir);

@@ -70,12 +70,11 @@ def target_record(path: str, host_index: int, session: Session, is_memory: bool)
     mount = mount_of(path)
     device = device_of(mount) if mount else None
     found = _io.alignment(path)
-    shared = session.sharing.kind == "shared" or session.options.sharing == "shared"
     return record.Target(
         path=path,
         resolved_path=os.path.realpath(path),
         host=host_index,
-        sharing="shared" if shared else "per-node",
+        sharing=session.options.sharing or session.sharing.kind,
         sharing_how="asserted" if session.sharing.asserted else "found",
         fs_type=mount.fs_type if mount else found["fs_type"],
         mount_options=f"{mount.options},{mount.super_options}" if mount else "",
@@ -181,7 +180,7 @@ def workload(session: Session, settings: Settings) -> record.Workload:
         steps=step_names(profile.steps),
         direct=session.direct,  # type: ignore[arg-type]
         block_bytes=engine.block_bytes,
-        depth=engine.depth,
+        depth=engine.depth_count(),
         workers=engine.worker_count(),
         pause_ns=int(session.pause_s * 1e9),
         compressibility_percent=options.compressibility,

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from fractions import Fraction
-from typing import Literal
+from typing import Literal, NoReturn, TypeVar
 
 from mlstor.errors import UsageError
 from mlstor.units import parse_duration, parse_fraction, parse_size
 
+T = TypeVar("T")
+_EVERY = "all"  # what --keep without a number stands for
 _EPILOG = """\
 PATH may be given several times or hold {local_rank}, {rank} or {host}, for nodes with several drives.
 Examples:
@@ -42,8 +45,7 @@ class Options(argparse.Namespace):
     verify: bool | None
     evict: bool
     pause_s: float | None
-    keep: int | None
-    keep_given: bool
+    keep: str | None
     client_memory_bytes: int | None
     run_id: str | None
     results_dir: str | None
@@ -58,15 +60,19 @@ class Options(argparse.Namespace):
     @property
     def keep_count(self) -> int | None:
         """How many of the newest checkpoints are left behind; None: all."""
-        write_only = self.reads == 0 and bool(self.writes)
-        if not self.keep_given:
-            return None if write_only or not self.writes else 0
-        return self.keep
+        if self.keep is None:  # nothing was said: a write-only run is there to be read by another
+            return None if not self.reads or not self.writes else 0
+        return None if self.keep == _EVERY else int(self.keep)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; `{self.prog} --help` lists the options")
 
 
 def parser() -> argparse.ArgumentParser:
     """The parser of all options; `parse` is what commands call."""
-    made = argparse.ArgumentParser(
+    made = _Parser(
         prog="mlstor checkpoint",
         description="Write and read a model's checkpoint as its ranks would, and say what the storage gave.",
         epilog=_EPILOG,
@@ -74,14 +80,24 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("paths", metavar="PATH", nargs="*", help="directory to measure")
     what = made.add_argument_group("what is written")
-    what.add_argument("--model", help="llama3-8b, llama3-70b, llama3-405b, llama3-1t, opt-175b-full, ...")
+    what.add_argument("--model", help="llama3-8b, llama3-70b, opt-175b-full, ...; help: list them")
     what.add_argument("--workload", metavar="FILE", help="a DLIO or mlpstorage workload YAML, in place of --model")
     what.add_argument("--ranks", type=int, metavar="N", help="logical ranks (default: the model's own count)")
     what.add_argument("--subset", type=int, metavar="N", help="the first N ranks of the full layout; MLPerf's has 8")
     what.add_argument("--only-ranks", metavar="LIST", help="run these logical ranks only: 3, 0-7 or 0,2,8-15")
-    what.add_argument("--scale", type=_scale, default=Fraction(1), metavar="R", help="shrink every tensor, as 1/16")
     what.add_argument(
-        "--compressibility", type=int, default=0, metavar="PERCENT", help="of each 4 KiB block, zeros (default 0)"
+        "--scale",
+        type=_said(parse_fraction),
+        default=Fraction(1),
+        metavar="R",
+        help="shrink every tensor, as 1/16",
+    )
+    what.add_argument(
+        "--compressibility",
+        type=int,
+        default=0,
+        metavar="PERCENT",
+        help="of each 4 KiB block, zeros (default 0)",
     )
     how = made.add_argument_group("how")
     how.add_argument("--writes", type=int, metavar="W", help="checkpoints to write (1; mlperf 10)")
@@ -93,8 +109,10 @@ def parser() -> argparse.ArgumentParser:
         help="native: direct, deep queue, durable; mlperf: the very I/O of MLPerf Storage v3.0 (default native)",
     )
     how.add_argument("--direct", choices=("auto", "require", "off"), help="O_DIRECT (auto; mlperf off)")
-    how.add_argument("--block", dest="block_bytes", type=_size, metavar="SIZE", help="of one transfer (4MiB)")
-    how.add_argument("--depth", type=int, metavar="N", help="transfers in flight per worker (8)")
+    how.add_argument(
+        "--block", dest="block_bytes", type=_said(parse_size), metavar="SIZE", help="of one transfer (1MiB, or what the file system prefers)"
+    )
+    how.add_argument("--depth", type=int, metavar="N", help="transfers in flight per worker (up to 8)")
     how.add_argument("--workers", type=int, metavar="N", help="worker threads per process (automatic)")
     how.add_argument("--backend", choices=("auto", "io_uring", "threads"), help="how I/O is submitted (auto)")
     how.add_argument("--rank-shift", type=int, default=0, metavar="N", help="rank r reads what rank r + N wrote")
@@ -109,22 +127,42 @@ def parser() -> argparse.ArgumentParser:
         default=True,
         help="drop the files from the page cache before reading, and check that (yes)",
     )
-    how.add_argument("--pause", dest="pause_s", type=_duration, metavar="T", help="before each phase (0; mlperf 5s)")
+    how.add_argument(
+        "--pause",
+        dest="pause_s",
+        type=_said(parse_duration),
+        metavar="T",
+        help="before each phase (0; mlperf 5s)",
+    )
     where = made.add_argument_group("where it runs, and what it leaves")
     where.add_argument("--deal", choices=("block", "round-robin"), default="block", help="ranks to processes (block)")
     where.add_argument("--run-id", metavar="ID", help="name of the run; a read-only run names the one it reads")
-    where.add_argument("--keep", nargs="?", metavar="N", help="leave the newest N checkpoints (no N: all)")
+    where.add_argument(
+        "--keep", nargs="?", const=_EVERY, metavar="N", help="leave the newest N checkpoints (no N: all)"
+    )
     where.add_argument("--results", dest="results_dir", metavar="DIR", help="where the record goes (results)")
     where.add_argument(
-        "--shared", dest="sharing", action="store_const", const="shared", help="assert: all hosts see PATH's files"
+        "--shared",
+        dest="sharing",
+        action="store_const",
+        const="shared",
+        help="assert: all hosts see PATH's files",
     )
     where.add_argument(
-        "--per-node", dest="sharing", action="store_const", const="per-node", help="assert: no host sees another's"
+        "--per-node",
+        dest="sharing",
+        action="store_const",
+        const="per-node",
+        help="assert: no host sees another's",
     )
     where.add_argument("--expect-nodes", type=int, metavar="N", help="refuse to run on another number of hosts")
     where.add_argument("--expect-ranks", type=int, metavar="N", help="refuse to run with another number of processes")
     where.add_argument(
-        "--client-memory", dest="client_memory_bytes", type=_size, metavar="SIZE", help="of one host, for MLPerf's rule"
+        "--client-memory",
+        dest="client_memory_bytes",
+        type=_said(parse_size),
+        metavar="SIZE",
+        help="of one host, for MLPerf's rule",
     )
     where.add_argument("--live", action=argparse.BooleanOptionalAction, default=True, help="progress while it runs")
     plan = made.add_argument_group("plan only")
@@ -143,13 +181,11 @@ def parse(argv: list[str]) -> Options:
         For values that can't be meant: negative counts, a scale of zero, options that exclude one another.
     """
     given = parser().parse_args(argv, namespace=Options())
-    given.keep_given = given.keep is not None or "--keep" in argv
-    if isinstance(given.keep, str):
-        if given.keep.isdecimal():
-            given.keep = int(given.keep)
-        else:  # `--keep PATH`: the count was left out
-            given.paths.insert(0, given.keep)
-            given.keep = None
+    if given.model == "help":
+        return given
+    if given.keep is not None and given.keep != _EVERY and not given.keep.isdecimal():
+        given.paths.insert(0, given.keep)  # `--keep PATH`: the count was left out
+        given.keep = _EVERY
     default_count = 10 if given.profile == "mlperf" else 1
     given.writes = default_count if given.writes is None else given.writes
     given.reads = default_count if given.reads is None else given.reads
@@ -179,22 +215,13 @@ def parse(argv: list[str]) -> Options:
     return given
 
 
-def _scale(text: str) -> Fraction:
-    try:
-        return parse_fraction(text)
-    except UsageError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+def _said(parse_text: Callable[[str], T]) -> Callable[[str], T]:
+    """A parser of `units` for argparse, which puts the option's name before the message."""
 
+    def parsed(text: str) -> T:
+        try:
+            return parse_text(text)
+        except UsageError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
 
-def _size(text: str) -> int:
-    try:
-        return parse_size(text)
-    except UsageError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def _duration(text: str) -> float:
-    try:
-        return parse_duration(text)
-    except UsageError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+    return parsed

@@ -5,7 +5,6 @@ A profile says which engine it wants for a phase and, for each logical rank, whi
 
 from __future__ import annotations
 
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -58,7 +57,7 @@ class Profile(ABC):
     def staging_nbytes(self, settings: Settings, nranks: int, largest_nbytes: int = 1 << 62) -> int:
         """Staging memory of one process's engine, the larger of writing and reading, bytes."""
         return max(
-            made.worker_count() * made.depth * (made.block_bytes + _SLOT_MARGIN_NBYTES)
+            made.worker_count() * made.depth_count() * (made.slot_nbytes() + _SLOT_MARGIN_NBYTES)
             for made in (self.engine_settings(settings, op, nranks, largest_nbytes) for op in ("write", "read"))
         )
 
@@ -77,12 +76,7 @@ class Native(Profile):
         return settings
 
     def writes(self, jobs: Sequence[Job], direct: str) -> Stages:
-        return [
-            [
-                WriteFile(job.path, [Extent(0, job.nbytes, job.pattern)], self.steps, direct=direct)
-                for job in jobs
-            ]
-        ]
+        return [[WriteFile(job.path, [Extent(0, job.nbytes, job.pattern)], self.steps, direct=direct) for job in jobs]]
 
     def reads(self, jobs: Sequence[Job], direct: str) -> Stages:
         return [[ReadFile(job.path, [Extent(0, job.nbytes, job.pattern)], direct=direct) for job in jobs]]
@@ -90,8 +84,8 @@ class Native(Profile):
 
 @dataclass(frozen=True)
 class Mlperf(Profile):
-    """One file at a time per rank: 32 MiB writes in sequence, each followed by fadvise(DONTNEED), one fsync; reads by four
-    readers of contiguous quarters in preads of up to 128 MiB. No preallocation, no rename.
+    """One file at a time per rank: 32 MiB writes in sequence, each followed by fadvise(DONTNEED), one fsync; reads by
+    four readers of contiguous quarters in preads of up to 128 MiB. No preallocation, no rename.
 
     Source: mlcommons/storage 3.0.26, ``storage_writers/file_writer.py`` and ``storage_readers/file_reader.py``.
     """
@@ -160,14 +154,3 @@ def step_names(steps: Step) -> list[str]:
     named = [word for step, word in words.items() if step & steps]
     named.insert(1 if steps & Step.PREALLOCATE else 0, "write")
     return named
-
-
-def make_directory(path: str, durable: bool) -> None:
-    """Make a checkpoint's directory, if another process was not faster; with `durable`, sync its parent."""
-    os.makedirs(path, exist_ok=True)
-    if durable:
-        parent = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(parent)
-        finally:
-            os.close(parent)

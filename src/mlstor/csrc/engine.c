@@ -49,6 +49,7 @@ static int worker_prepare(mls_worker *worker, mls_engine *engine, mls_crew *crew
     worker->engine = engine;
     worker->crew = crew;
     worker->index = index;
+    worker->window_bytes = crew->depth > 1 ? engine->config.window_bytes : 0;
     for (int i = 0; i < MLS_TIMINGS; i++)
         mls_histogram_reset(&worker->times[i]);
     worker->pool_nbytes = (crew->depth * engine->slot_bytes + HUGE_PAGE_BYTES - 1) / HUGE_PAGE_BYTES * HUGE_PAGE_BYTES;
@@ -296,7 +297,7 @@ int mls_engine_submit(mls_engine *engine, mls_op **ops, size_t count)
     pthread_mutex_lock(&engine->lock);
     for (size_t i = 0; i < count; i++) {
         mls_op_ref(ops[i]);
-        if (!ops[i]->block_bytes)
+        if (!ops[i]->block_bytes && !engine->config.automatic_block)
             ops[i]->block_bytes = engine->config.block_bytes;
         ops[i]->result.start_ns = now;
         ops[i]->crew = MLS_CREW_DIRECT;
@@ -402,11 +403,28 @@ size_t mls_engine_in_flight(mls_engine *engine)
     return count;
 }
 
+/* Transfers that touch the caller's memory, and with `looking` also workers that may be about to begin some. */
+static unsigned user_memory(mls_engine *engine, bool looking)
+{
+    unsigned sum = 0;
+    pthread_mutex_lock(&engine->lock);
+    for (int c = 0; c < 2; c++)
+        for (unsigned i = 0; engine->crews[c].started && i < engine->crews[c].nworkers; i++) {
+            mls_worker *worker = &engine->crews[c].workers[i];
+            sum += looking && atomic_load(&worker->looking); /* first: it ends after its transfers are counted */
+            sum += atomic_load(&worker->user_memory);
+        }
+    pthread_mutex_unlock(&engine->lock);
+    return sum;
+}
+
+unsigned mls_engine_user_memory(mls_engine *engine) { return user_memory(engine, false); }
+
 void mls_engine_pause(mls_engine *engine)
 {
     const struct timespec tick = {0, 200000};
     atomic_fetch_add(&engine->paused, 1);
-    while (atomic_load(&engine->user_memory_in_flight))
+    while (user_memory(engine, true))
         nanosleep(&tick, NULL);
 }
 

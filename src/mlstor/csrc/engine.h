@@ -15,8 +15,10 @@ enum mls_timing { MLS_TIME_READ, MLS_TIME_WRITE, MLS_TIME_SYNC, MLS_TIME_OPEN, M
 typedef struct mls_config {
     int backend;
     unsigned workers;
-    unsigned depth;            /* transfers in flight per worker */
-    uint64_t block_bytes;      /* of a transfer, and of a staging slot; at most 1 GiB */
+    unsigned depth;            /* transfers in flight per worker, at most */
+    uint64_t block_bytes;      /* of a transfer, and of a staging slot, at most; at most 1 GiB */
+    bool automatic_block;      /* 1 MiB, or the file system's preferred size where that is larger */
+    uint64_t window_bytes;     /* in flight per worker at first; grows while transfers are slow. 0: depth alone rules */
     bool huge_pages;           /* ask for them (madvise) */
     bool registration;         /* register the staging pool with the ring */
 } mls_config;

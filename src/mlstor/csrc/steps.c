@@ -12,6 +12,16 @@
 
 #include "plan.h"
 
+/* Small enough that what a worker has in flight stays in cache, and what Lustre and GPFS want where they say so. */
+#define AUTOMATIC_BLOCK_BYTES ((uint64_t)1 << 20)
+
+static uint64_t automatic_block(const mls_engine *engine, const mls_file *file)
+{
+    uint64_t preferred = file->align.blksize;
+    uint64_t block = preferred > AUTOMATIC_BLOCK_BYTES ? preferred : AUTOMATIC_BLOCK_BYTES;
+    return block < engine->config.block_bytes ? block : engine->config.block_bytes;
+}
+
 static uint64_t tail_start(const mls_op *op)
 {
     uint32_t align = op->file->direct ? op->file->align.offset_align : 1;
@@ -95,6 +105,8 @@ static void start_data(mls_worker *worker, mls_op *op)
     uint64_t align = op->file->direct ? op->file->align.offset_align : 1;
     bool threads = !op->file->direct && engine->crews[MLS_CREW_DIRECT].backend != &mls_backend_threads;
     int error = 0;
+    if (!op->block_bytes)
+        op->block_bytes = automatic_block(engine, op->file);
     if (op->block_bytes % align)
         op->block_bytes = op->block_bytes < align ? align : op->block_bytes / align * align;
     if (op->block_bytes > engine->config.block_bytes)

@@ -16,10 +16,18 @@
 #include "steps.h"
 
 #define REAP_BATCH 64
+/* At 4 MiB per worker in flight, 4 ms are 1 GB/s per worker: below that rate more in flight may help. */
+#define SLOW_TRANSFER_NS 4000000u
 
 static void count(_Atomic uint64_t *counter, uint64_t n) /* one writer */
 {
     atomic_store_explicit(counter, atomic_load_explicit(counter, memory_order_relaxed) + n, memory_order_relaxed);
+}
+
+static void add_user_memory(mls_worker *worker, int n) /* one writer */
+{
+    unsigned now = atomic_load_explicit(&worker->user_memory, memory_order_relaxed);
+    atomic_store_explicit(&worker->user_memory, now + (unsigned)n, memory_order_release);
 }
 
 /* ---- taking ---- */
@@ -168,22 +176,45 @@ static void transfer(mls_worker *worker, mls_op *op, size_t index)
     io->io_offset = begin;
     io->io_nbytes = end - begin;
     io->done_nbytes = io->reached_nbytes = 0;
-    io->confirm = file->direct && !atomic_exchange(&file->confirming, true);
+    io->confirm = file->direct && !atomic_load_explicit(&file->confirming, memory_order_relaxed) &&
+                  !atomic_exchange(&file->confirming, true);
     if (io->confirm && !writing) /* what others left in the cache would be taken for ours */
         posix_fadvise(file->fd, (off_t)begin, (off_t)(end - begin), POSIX_FADV_DONTNEED);
     if (writing && in_place)
         mls_plan_gather(op, unit->first_extent, begin, end - begin, NULL, !second_pass, true);
     else if (writing)
         mls_plan_gather(op, unit->first_extent, begin, end - begin, io->slot, !second_pass, true);
-    if (!io->zero_copy)
-        atomic_fetch_sub(&worker->engine->user_memory_in_flight, 1);
+    if (io->zero_copy)
+        add_user_memory(worker, 1);
     io->bytes = io->io_bytes;
     io->offset = io->io_offset;
     io->nbytes = io->io_nbytes;
-    mls_op_ref(op);
     worker->in_flight++;
+    worker->in_flight_bytes += io->io_nbytes;
     io->submit_ns = mls_now_ns();
-    submit(worker, io);
+    submit(worker, io); /* the engine's reference holds `op`: it ends only when no unit remains */
+}
+
+static bool has_room(const mls_worker *worker)
+{
+    return worker->free_ios && worker->in_flight < worker->crew->depth &&
+           (!worker->window_bytes || !worker->in_flight || worker->in_flight_bytes < worker->window_bytes);
+}
+
+/* What is in flight grows where transfers take long: more of it costs nothing on slow storage, hides latency on distant
+ * storage, and is held back where it would only push the staging memory out of the caches. */
+static void adapt_window(mls_worker *worker, uint64_t nbytes, uint64_t took_ns)
+{
+    if (!worker->window_bytes || worker->window_bytes >= worker->pool_nbytes)
+        return;
+    worker->took_ns += took_ns;
+    worker->took_count++;
+    worker->took_bytes += nbytes;
+    if (worker->took_bytes < 2 * worker->window_bytes)
+        return;
+    if (worker->took_ns / worker->took_count > SLOW_TRANSFER_NS)
+        worker->window_bytes *= 2;
+    worker->took_ns = worker->took_count = worker->took_bytes = 0;
 }
 
 /* As many units as there is room for. */
@@ -192,14 +223,10 @@ static void fill(mls_worker *worker)
     mls_engine *engine = worker->engine;
     mls_op *op;
     size_t unit;
-    while (worker->free_ios && worker->in_flight < worker->crew->depth) {
-        atomic_fetch_add(&engine->user_memory_in_flight, 1); /* before the look at `paused`: see mls_engine_pause */
-        if (atomic_load(&engine->paused) || !take(worker, &op, &unit)) {
-            atomic_fetch_sub(&engine->user_memory_in_flight, 1);
-            return;
-        }
+    atomic_store(&worker->looking, true); /* before the look at `paused`: see mls_engine_pause */
+    while (has_room(worker) && !atomic_load(&engine->paused) && take(worker, &op, &unit))
         transfer(worker, op, unit);
-    }
+    atomic_store(&worker->looking, false);
 }
 
 /* ---- completing ---- */
@@ -234,10 +261,8 @@ static void deliver(mls_worker *worker, mls_io *io)
     if (op->kind != MLS_OP_WRITE && !atomic_load(&op->failed))
         mls_plan_scatter(op, &op->units[io->unit], io->io_bytes, io->io_offset, io->zero_copy);
     release(worker, io);
-    bool last = atomic_fetch_sub(&op->remaining, 1) == 1;
-    if (last)
+    if (atomic_fetch_sub(&op->remaining, 1) == 1)
         mls_steps_advance(worker, op, 0);
-    mls_op_unref(op);
 }
 
 static void deliver_in_turn(mls_worker *worker, mls_io *io)
@@ -296,8 +321,10 @@ static void account(mls_worker *worker, mls_op *op, const mls_io *io, uint64_t n
     count(writing ? &worker->written_bytes : &worker->read_bytes, nbytes);
     count(io->zero_copy ? &worker->zero_copy_bytes : &worker->staged_bytes, nbytes);
     count(writing ? &worker->writes : &worker->reads, 1);
-    atomic_fetch_add_explicit(&op->transferred, nbytes, memory_order_relaxed);
-    atomic_fetch_add_explicit(io->zero_copy ? &op->zero_copy : &op->staged, nbytes, memory_order_relaxed);
+    if (op->kind != MLS_OP_RANGES) {
+        atomic_fetch_add_explicit(&op->transferred, nbytes, memory_order_relaxed);
+        atomic_fetch_add_explicit(io->zero_copy ? &op->zero_copy : &op->staged, nbytes, memory_order_relaxed);
+    }
     mls_histogram_add(&worker->times[writing ? MLS_TIME_WRITE : MLS_TIME_READ], now - io->submit_ns);
 }
 
@@ -313,7 +340,6 @@ static void finish_range(mls_worker *worker, mls_io *io, int error, uint64_t now
         flush_ranges(worker);
         mls_steps_advance(worker, op, 0);
     }
-    mls_op_unref(op);
 }
 
 static void complete_transfer(mls_worker *worker, mls_io *io, uint64_t now)
@@ -328,13 +354,14 @@ static void complete_transfer(mls_worker *worker, mls_io *io, uint64_t now)
         go_on(worker, io);
         return;
     }
+    worker->in_flight_bytes -= io->io_nbytes;
+    adapt_window(worker, io->io_nbytes, now - io->submit_ns);
     int error = outcome == OUTCOME_ERROR ? (int)-io->result : outcome == OUTCOME_SHORT ? (writing ? EIO : MLS_ESHORT) : 0;
     if (io->zero_copy)
-        atomic_fetch_sub(&worker->engine->user_memory_in_flight, 1);
+        add_user_memory(worker, -1);
     if (error && op->probing && file->direct && (error == EINVAL || error == EOPNOTSUPP)) {
         release(worker, io);
         mls_steps_fall_back(worker, op, error);
-        mls_op_unref(op);
         return;
     }
     if (error && op->kind != MLS_OP_RANGES)
@@ -439,7 +466,7 @@ void *mls_worker_main(void *argument)
             mark = mls_now_ns();
             continue;
         }
-        bool room = worker->free_ios && worker->in_flight < worker->crew->depth;
+        bool room = has_room(worker);
         atomic_store(&worker->waiting, room);
         if (room)
             fill(worker); /* what came between the last look and the flag */

@@ -21,8 +21,12 @@ typedef struct mls_worker {
     size_t pool_nbytes;
     mls_io *ios, *free_ios;
     unsigned in_flight;
+    uint64_t in_flight_bytes, window_bytes; /* of transfers; the window is 0 where depth alone rules */
+    uint64_t took_ns, took_count, took_bytes; /* transfers since the window was last looked at */
     mls_op *current;
     mls_io *deferred;         /* the backend was full */
+    _Atomic unsigned user_memory; /* transfers in flight that touch the caller's memory */
+    _Atomic bool looking;         /* for units, of which some may be such transfers */
     _Atomic bool waiting;     /* in reap with room for more: wake it when work comes */
     mls_range_done ranges[MLS_RANGE_BATCH];
     size_t nranges;
@@ -51,7 +55,6 @@ struct mls_engine {
     pthread_mutex_t starting; /* of the buffered crew, once */
     _Atomic unsigned paused;  /* depth: forks of several threads may overlap */
     _Atomic bool closing;
-    _Atomic unsigned user_memory_in_flight;
     size_t in_flight;
     size_t open_files, most_open_files; /* of operations under way */
     mls_op *done_head, *done_tail;
@@ -72,6 +75,9 @@ void mls_crew_enqueue_locked(mls_crew *crew, mls_op *op, bool front);
 void mls_crew_dequeue_locked(mls_crew *crew, mls_op *op);
 void mls_crew_wake(mls_engine *engine, mls_crew *crew);
 void mls_engine_finished(mls_engine *engine, mls_op *op);
+
+/* Transfers in flight that touch the caller's memory. */
+unsigned mls_engine_user_memory(mls_engine *engine);
 
 /* mls_engine_new with both crews on `backend`, for tests of what no real backend does on demand. */
 mls_engine *mls_engine_new_on(const mls_config *config, const mls_backend *backend, int *error);
