@@ -6,11 +6,16 @@ import itertools
 import os
 import shutil
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from checkpoint_support import Bench
 
 MIB = 1 << 20
 # Least image that each mkfs accepts, with room for a test's files.
@@ -72,7 +77,20 @@ def _mounted(mountpoint: Path, *mount: str | Path) -> Iterator[Path]:
     try:
         yield mountpoint
     finally:
-        _run("umount", mountpoint)
+        _unmount(mountpoint)
+
+
+def _unmount(mountpoint: Path) -> None:
+    """An io_uring worker of the kernel drops its reference to a file some time after its last completion was seen."""
+    for _ in range(100):
+        try:
+            _run("umount", mountpoint)
+            return
+        except RuntimeError as error:
+            if "busy" not in str(error):
+                raise
+            time.sleep(0.05)
+    _run("umount", mountpoint)
 
 
 @contextmanager
@@ -203,3 +221,11 @@ def each_fs(request: pytest.FixtureRequest, shared_fs: Callable[[str], Path]) ->
     directory = shared_fs(request.param)
     yield directory
     shutil.rmtree(directory)
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Bench:
+    """A directory to measure, one for results, and ways to run ``mlstor checkpoint`` on them."""
+    from checkpoint_support import Bench
+
+    return Bench(tmp_path)

@@ -242,7 +242,9 @@ def test_many_engines_come_and_go(tmp_path: Path) -> None:
         del engine
         gc.collect()
         assert reference() is None
-    assert (threads(), descriptors()) == before
+    # fewer is possible: a thread or descriptor of an earlier test may have ended meanwhile
+    assert threads() <= before[0]
+    assert descriptors() <= before[1]
 
 
 def test_engines_that_can_not_be() -> None:
