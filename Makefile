@@ -9,6 +9,14 @@ SOURCES = pyproject.toml setup.py MANIFEST.in $(shell find src -name '*.py' -o -
 # Tests start mpirun and mlstor by name.
 export PATH := $(BIN):$(PATH)
 
+# As a user installs it; build/lib may hold modules that are gone. pip hides what the build says of missing libraries.
+define install
+rm -rf build/lib*
+$(BIN)/python -m pip install --quiet --disable-pip-version-check '$(1)'
+@$(BIN)/mlstor doctor | grep ' absent: ' || true
+touch $@
+endef
+
 .PHONY: demo test lint dev build bench asan tsan clean
 
 demo: $(VENV)/.demo
@@ -17,18 +25,21 @@ demo: $(VENV)/.demo
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest
 
+# What is given to it comes before stubtest, which imports the built module.
+define checks
+$(BIN)/ruff check .
+$(BIN)/ruff format --check .
+$(BIN)/cython-lint src/mlstor
+$(BIN)/mypy --strict src/mlstor
+$(1) $(BIN)/python -m mypy.stubtest --allowlist tests/stubtest-allowlist.txt mlstor._io
+endef
+
 lint: $(VENV)/.dev
-	$(BIN)/ruff check .
-	$(BIN)/cython-lint src/mlstor
-	$(BIN)/mypy --strict src/mlstor
-	$(BIN)/python -m mypy.stubtest mlstor._io
+	$(call checks)
 
 # The developer's loop: builds in place and takes no notice of what is installed.
 dev: build
-	$(BIN)/ruff check .
-	$(BIN)/cython-lint src/mlstor
-	$(BIN)/mypy --strict src/mlstor
-	PYTHONPATH=$(CURDIR)/src $(BIN)/python -m mypy.stubtest mlstor._io
+	$(call checks,PYTHONPATH=$(CURDIR)/src)
 	PYTHONPATH=$(CURDIR)/src $(BIN)/python -m pytest $(ARGS)
 
 build:
@@ -53,15 +64,12 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.demo: $(SOURCES) | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check '.[mpi-wheel]'
-	touch $@
+	$(call install,.[mpi-wheel])
 
 $(VENV)/.dev: $(SOURCES) | $(VENV)/bin/python
 	PYTHON=$(PYTHON) scripts/bootstrap test
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check '.[dev]'
-	touch $@
+	$(call install,.[dev])
 
 $(VENV)/.bench: $(SOURCES) | $(VENV)/bin/python
 	PYTHON=$(PYTHON) scripts/bootstrap bench
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check '.[mpi-wheel,bench]'
-	touch $@
+	$(call install,.[mpi-wheel,bench])

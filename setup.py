@@ -17,6 +17,7 @@ from pathlib import Path
 
 from Cython.Build import cythonize
 from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 
 PACKAGE = Path("src/mlstor")
 
@@ -111,9 +112,7 @@ def sanitizer_flags() -> list[str]:
     if not wanted:
         return []
     if unknown := set(wanted.split(",")) - {"address", "thread", "undefined"}:
-        raise SystemExit(
-            f"setup.py: MLSTOR_SANITIZE takes address, thread and undefined, not {', '.join(unknown)}"
-        )
+        raise SystemExit(f"setup.py: MLSTOR_SANITIZE takes address, thread and undefined, not {', '.join(unknown)}")
     return [f"-fsanitize={wanted}", "-fno-omit-frame-pointer", "-fno-sanitize-recover=undefined", "-g", "-O1"]
 
 
@@ -122,9 +121,7 @@ def extension() -> Extension:
     known = {library.name for library in LIBRARIES}
     without = set(filter(None, os.environ.get("MLSTOR_WITHOUT", "").split(",")))
     if unknown := without - known:
-        raise SystemExit(
-            f"setup.py: MLSTOR_WITHOUT takes {', '.join(sorted(known))}, not {', '.join(unknown)}"
-        )
+        raise SystemExit(f"setup.py: MLSTOR_WITHOUT takes {', '.join(sorted(known))}, not {', '.join(unknown)}")
     flags = Flags()
     for library in LIBRARIES:
         add_library(flags, library, without)
@@ -151,12 +148,25 @@ def extension() -> Extension:
     )
 
 
+class BuildExtension(build_ext):
+    """Builds again when flags have changed too, as with another MLSTOR_WITHOUT: times of files don't show that."""
+
+    def build_extension(self, ext: Extension) -> None:
+        flags = repr((ext.define_macros, ext.extra_compile_args, ext.extra_objects, ext.extra_link_args))
+        stamp = Path(self.build_temp, f"{ext.name}.flags")
+        self.force = bool(self.force) or not stamp.is_file() or stamp.read_text() != flags
+        super().build_extension(ext)
+        stamp.parent.mkdir(parents=True, exist_ok=True)
+        stamp.write_text(flags)
+
+
 if __name__ == "__main__":
     setup(
+        cmdclass={"build_ext": BuildExtension},
         ext_modules=cythonize(
             [extension()],
             compiler_directives={"language_level": "3"},
             build_dir="build/cython",
             include_path=["src"],
-        )
+        ),
     )

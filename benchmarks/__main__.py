@@ -40,12 +40,8 @@ def parser() -> argparse.ArgumentParser:
         "--fast", action="store_true", help="on XFS on a loop device over tmpfs instead of --dir; needs root"
     )
     made.add_argument("--rounds", type=int, default=5, help="rounds, each with every contender (default: 5)")
-    made.add_argument(
-        "--size", default="1GiB", help="payload of one file, a multiple of 256MiB (default: 1GiB)"
-    )
-    made.add_argument(
-        "--seconds", type=float, default=4.0, help="length of a run of random reads (default: 4)"
-    )
+    made.add_argument("--size", default="1GiB", help="payload of one file, a multiple of 256MiB (default: 1GiB)")
+    made.add_argument("--seconds", type=float, default=4.0, help="length of a run of random reads (default: 4)")
     made.add_argument(
         "--only", default="", help="comma-separated shell patterns of contenders, such as 'mlstor-*,fio-*'"
     )
@@ -60,12 +56,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--seed", type=int, default=None, help="of the order within rounds (default: drawn, and reported)"
     )
-    made.add_argument(
-        "--out", type=Path, default=Path("build/benchmarks"), help="for report, JSON and picture"
-    )
-    made.add_argument(
-        "--publish", action="store_true", help="also put tables and picture into docs/performance.md"
-    )
+    made.add_argument("--out", type=Path, default=Path("build/benchmarks"), help="for report, JSON and picture")
+    made.add_argument("--publish", action="store_true", help="also put tables and picture into docs/performance.md")
     return made
 
 
@@ -123,9 +115,7 @@ def compare(options: argparse.Namespace) -> int:
         if "rss" in footprints:
             progress("one rank of llama3-1t: 13.9 GB written and read")
             rank = rank_footprint(directory)
-    run = report.Run(
-        "fast" if options.fast else "disk", bound, samples, cells, sweeps, help_times_s, rank, environment
-    )
+    run = report.Run("fast" if options.fast else "disk", bound, samples, cells, sweeps, help_times_s, rank, environment)
     print(report.markdown(run))
     progress("saved: " + ", ".join(map(str, report.save(run, options.out))))
     if options.publish:
@@ -135,9 +125,7 @@ def compare(options: argparse.Namespace) -> int:
 
 def measure(
     entries: Sequence[listing.Entry], directory: Path, job: Job, rounds: int, seed: int
-) -> tuple[
-    list[Contender], dict[str, list[Sample]], dict[str, fio.Cell], dict[str, dict[fio.Cell, list[float]]]
-]:
+) -> tuple[list[Contender], dict[str, list[Sample]], dict[str, fio.Cell], dict[str, dict[fio.Cell, list[float]]]]:
     """Make the files, let fio find its best cells, run the rounds."""
     progress("writing the files that are read")
     listing.make_sources(entries, directory, job)
@@ -173,9 +161,7 @@ def require_room(directory: Path, room_bytes: int, memory_bytes: int) -> Path:
     status = os.statvfs(directory)
     free_bytes = status.f_bavail * status.f_frsize
     if free_bytes < room_bytes:
-        raise UsageError(
-            f"{directory} has {format_gib(free_bytes)} free; this run needs {format_gib(room_bytes)}"
-        )
+        raise UsageError(f"{directory} has {format_gib(free_bytes)} free; this run needs {format_gib(room_bytes)}")
     available = available_bytes(Path("/proc/meminfo").read_text())
     if available < memory_bytes:
         raise UsageError(

@@ -70,15 +70,11 @@ def run_child(function: str, job: Job) -> Sample:
     entries = [str(Path(entry).resolve()) for entry in given.split(os.pathsep) if entry]
     environment["PYTHONPATH"] = os.pathsep.join([*entries, str(ROOT)])
     try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, env=environment, timeout=PATIENCE_S, check=False
-        )
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=PATIENCE_S, check=False)
     except subprocess.TimeoutExpired:
         raise BenchmarkError(f"{function} did not end within {PATIENCE_S:.0f} s") from None
     if done.returncode != 0:
-        raise BenchmarkError(
-            f"{function} failed with status {done.returncode}:\n{done.stderr[-2000:].strip()}"
-        )
+        raise BenchmarkError(f"{function} failed with status {done.returncode}:\n{done.stderr[-2000:].strip()}")
     return Sample(**json.loads(done.stdout.splitlines()[-1]))
 
 
@@ -100,9 +96,7 @@ def measure(job: Job, work: Callable[[], T]) -> tuple[Sample, T]:
     value = work()
     end_ns, end_cpu_s = time.monotonic_ns(), process_cpu_s()
     extra_bytes = max(0, status_bytes("VmHWM") - held_bytes)
-    return Sample(
-        (end_ns - start_ns) / 1e9, end_cpu_s - cpu_s, job.nbytes, extra_rss_bytes=extra_bytes
-    ), value
+    return Sample((end_ns - start_ns) / 1e9, end_cpu_s - cpu_s, job.nbytes, extra_rss_bytes=extra_bytes), value
 
 
 def process_cpu_s() -> float:

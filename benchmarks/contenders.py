@@ -60,9 +60,7 @@ ENTRIES = (
     Entry("dcp-save-2", "write", "DCP save, 2 threads", "peers:dcp_save", threads=2),
     Entry("dcp-save-4", "write", "DCP save, 4 threads", "peers:dcp_save", threads=4),
     Entry("write-loop", "write", "write() 1 MiB + fsync", "peers:write_loop"),
-    Entry(
-        "write-loop-again", "write", "write() 1 MiB + fsync, again", "peers:write_loop", twin_of="write-loop"
-    ),
+    Entry("write-loop-again", "write", "write() 1 MiB + fsync, again", "peers:write_loop", twin_of="write-loop"),
     Entry("mlstor-read-verified", "read", "mlstor, every byte verified", "ours:read_verified", "data.bin"),
     Entry("mlstor-read", "read", "mlstor, dropped", "ours:read_dropped", "data.bin"),
     Entry("mlstor-read-aligned", "read", "mlstor, into aligned memory", "ours:read_aligned", "data.bin"),

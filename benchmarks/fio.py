@@ -51,9 +51,7 @@ class Cell:
     registered: bool = True
 
     def __str__(self) -> str:
-        size = (
-            f"{self.block_bytes // MIB} MiB" if self.block_bytes >= MIB else f"{self.block_bytes // 1024} KiB"
-        )
+        size = f"{self.block_bytes // MIB} MiB" if self.block_bytes >= MIB else f"{self.block_bytes // 1024} KiB"
         batch = f", batches of {self.batch}" if self.batch > 1 else ""
         plain = "" if self.registered or self.engine != "io_uring" else ", unregistered"
         return f"{self.engine}, {size} x {self.depth}{batch}{plain}"
@@ -119,9 +117,7 @@ def parse(text: str, direction: str) -> Sample:
     job = report["jobs"][0]
     io = job[direction]
     if job["error"] or io["short_ios"] or io["runtime"] == 0:
-        raise BenchmarkError(
-            f"fio: error {job['error']}, {io['short_ios']} short operations, {io['runtime']} ms long"
-        )
+        raise BenchmarkError(f"fio: error {job['error']}, {io['short_ios']} short operations, {io['runtime']} ms long")
     # usr_cpu and sys_cpu are percentages of job_runtime, which is summed over the processes of the group.
     cpu_s = (job["usr_cpu"] + job["sys_cpu"]) / 100 * job["job_runtime"] / 1000
     return Sample(io["runtime"] / 1000, cpu_s, io["io_bytes"])
@@ -132,16 +128,12 @@ def run(cell: Cell, mode: str, path: Path, nbytes: int, seconds: float = 0.0) ->
     words = command(cell, mode, path, nbytes, seconds)
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        raise BenchmarkError(
-            f"{' '.join(words)} failed with status {done.returncode}:\n{done.stderr[-2000:].strip()}"
-        )
+        raise BenchmarkError(f"{' '.join(words)} failed with status {done.returncode}:\n{done.stderr[-2000:].strip()}")
     sample = parse(done.stdout, "write" if mode == "write" else "read")
     if mode != "randread" and sample.nbytes != nbytes:
         raise BenchmarkError(f"fio moved {sample.nbytes} bytes where {nbytes} were asked for")
     operations = sample.nbytes // cell.block_bytes if mode == "randread" else 0
-    return Sample(
-        sample.elapsed_s, sample.cpu_s, sample.nbytes, operations, detail={"path": f"{cell.engine}, direct"}
-    )
+    return Sample(sample.elapsed_s, sample.cpu_s, sample.nbytes, operations, detail={"path": f"{cell.engine}, direct"})
 
 
 def sweep(

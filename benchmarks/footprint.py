@@ -38,9 +38,7 @@ def help_seconds() -> list[float]:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         times.append((time.monotonic_ns() - start_ns) / 1e9)
         if done.returncode != 0 or "--model" not in done.stdout:
-            raise BenchmarkError(
-                f"{' '.join(command)} failed with status {done.returncode}:\n{done.stderr[-2000:]}"
-            )
+            raise BenchmarkError(f"{' '.join(command)} failed with status {done.returncode}:\n{done.stderr[-2000:]}")
     return times[1:]  # the first brought the files in
 
 

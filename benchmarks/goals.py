@@ -38,9 +38,7 @@ def goals(samples: Samples, kind: str, help_times_s: Sequence[float], rank: Foot
         ratio_goal(samples, "read, verified / fio", "mlstor-read-verified", "fio-read", VERIFIED_RATIO[kind]),
         ratio_goal(samples, "read, unverified / fio", "mlstor-read", "fio-read", DROPPED_RATIO[kind]),
         torch_goal(samples),
-        ratio_goal(
-            samples, "random 4 KiB reads, depth 64 / fio", "mlstor-random", "fio-random", RANDOM_RATIO[kind]
-        ),
+        ratio_goal(samples, "random 4 KiB reads, depth 64 / fio", "mlstor-random", "fio-random", RANDOM_RATIO[kind]),
         cpu_goal(samples, "CPU, write incl. generation", "mlstor-write", CPU_S_PER_GB),
         cpu_goal(samples, "CPU, read incl. verification", "mlstor-read-verified", CPU_S_PER_GB),
         cpu_goal(samples, "CPU, write from aligned memory", "mlstor-write-aligned", CPU_ALIGNED_S_PER_GB),
@@ -73,9 +71,7 @@ def torch_goal(samples: Samples) -> Goal:
     against_fio = median(paired_ratios(samples["mlstor-write"], samples["fio-write"]))
     least = WRITE_RATIO["disk"]
     figure = f"{ratio:.2f}; {against_fio:.3f} x fio"
-    return Goal(
-        what, figure, f">= {least:.2f} x fio, which is {ceiling:.2f} x torch.save here", against_fio >= least
-    )
+    return Goal(what, figure, f">= {least:.2f} x fio, which is {ceiling:.2f} x torch.save here", against_fio >= least)
 
 
 def cpu_goal(samples: Samples, what: str, key: str, most: float) -> Goal:
@@ -92,9 +88,7 @@ def rss_goal(rank: Footprint | None) -> Goal:
     what, target = "peak RSS, one rank of llama3-1t (13.9 GB), write + read + verify", "<= 400 MiB"
     if rank is None or rank.note:
         return Goal(what, "not measured" if rank is None else rank.note, target, None)
-    return Goal(
-        what, f"{rank.peak_rss_bytes / (1 << 20):.0f} MiB", target, rank.peak_rss_bytes <= PEAK_RSS_BYTES
-    )
+    return Goal(what, f"{rank.peak_rss_bytes / (1 << 20):.0f} MiB", target, rank.peak_rss_bytes <= PEAK_RSS_BYTES)
 
 
 def help_goal(times_s: Sequence[float]) -> Goal:

@@ -57,9 +57,7 @@ def read_verified(job: Job) -> Sample:
     sample, result = measure(job, lambda: engine.read_file(job.path, extents))
     engine.close()
     if result.damaged_blocks:
-        raise ValueError(
-            f"{result.damaged_blocks} blocks of {job.path} are not what was written: {result.damage[0]}"
-        )
+        raise ValueError(f"{result.damaged_blocks} blocks of {job.path} are not what was written: {result.damage[0]}")
     return described(sample, result)
 
 
@@ -95,9 +93,9 @@ def read_aligned(job: Job) -> Sample:
 def random_reads(job: Job) -> Sample:
     """Random reads of 4 KiB for ``job.seconds``, 64 in flight, one worker; ranges go in and out as arrays."""
     import numpy
-    from mlstor._io import open_ranges
 
     from mlstor import AlignedBuffer, Engine
+    from mlstor._io import open_ranges
     from mlstor.operations import DONE_DTYPE, RANGE_DTYPE
 
     engine = Engine(workers=1, depth=RANDOM_DEPTH)
@@ -123,9 +121,7 @@ def random_reads(job: Job) -> Sample:
                 return finished
             count = file.reap(done, RANDOM_DEPTH, PATIENCE_S)
             if count == 0 or (done["result"][:count] != RANDOM_BYTES).any():
-                raise OSError(
-                    f"random reads of {job.path}: {count} came back, with {set(done['result'][:count])}"
-                )
+                raise OSError(f"random reads of {job.path}: {count} came back, with {set(done['result'][:count])}")
             slots = done["tag"][:count].astype(numpy.int64)
             finished += count
 
@@ -133,17 +129,13 @@ def random_reads(job: Job) -> Sample:
     path = f"{engine.backend}, direct"
     engine.close()
     require_uncached([Path(job.path)])  # or the reads came through the page cache, and are no figure
-    return dataclasses.replace(
-        sample, nbytes=finished * RANDOM_BYTES, operations=finished, detail={"path": path}
-    )
+    return dataclasses.replace(sample, nbytes=finished * RANDOM_BYTES, operations=finished, detail={"path": path})
 
 
 def described(sample: Sample, result: Result) -> Sample:
     """The sample with the path that the engine says it took."""
     if result.nbytes != sample.nbytes:
-        raise OSError(
-            f"{result.path}: {result.nbytes} bytes went through where {sample.nbytes} were asked for"
-        )
+        raise OSError(f"{result.path}: {result.nbytes} bytes went through where {sample.nbytes} were asked for")
     detail = {"path": f"{result.backend}, direct {result.direct}", "fs_type": result.fs_type}
     if result.reason:
         detail["reason"] = result.reason

@@ -68,8 +68,7 @@ def markdown(run: Run) -> str:
     parts = [", ".join(f"{name} {value}" for name, value in run.environment.items()) + "."]
     parts.append(self_check_text(run.checks))
     rows = [
-        [goal.what, goal.figure, goal.target, {True: "yes", False: "**no**", None: "-"}[goal.met]]
-        for goal in run.goals
+        [goal.what, goal.figure, goal.target, {True: "yes", False: "**no**", None: "-"}[goal.met]] for goal in run.goals
     ]
     parts.append(table(["what", "figure", "target", "met"], rows))
     for group, title in TITLES.items():
@@ -134,12 +133,9 @@ def record(run: Run) -> dict[str, Any]:
         "environment": dict(run.environment),
         "goals": [dataclasses.asdict(goal) for goal in run.goals],
         "self_checks": [
-            {**dataclasses.asdict(check), "ratio": check.ratio, "passed": check.passed}
-            for check in run.checks
+            {**dataclasses.asdict(check), "ratio": check.ratio, "passed": check.passed} for check in run.checks
         ],
-        "samples": {
-            key: [dataclasses.asdict(sample) for sample in samples] for key, samples in run.samples.items()
-        },
+        "samples": {key: [dataclasses.asdict(sample) for sample in samples] for key, samples in run.samples.items()},
         "fio": {
             group: {
                 "chosen": str(run.cells[group]),
@@ -170,15 +166,11 @@ def draw(run: Run, path: Path) -> None:
             [max(values) - middle for middle, values in zip(middles, rates, strict=True)],
         ]
         colours = [COLOURS[contender.key.startswith("mlstor")] for contender in chosen]
-        axis.barh(
-            [contender.label for contender in chosen], middles, xerr=whiskers, color=colours, ecolor="#444444"
-        )
+        axis.barh([contender.label for contender in chosen], middles, xerr=whiskers, color=colours, ecolor="#444444")
         axis.invert_yaxis()
         axis.set_title(TITLES[group], loc="left", fontsize=10)
         axis.set_xlabel(
-            "thousand reads per second"
-            if group == "random"
-            else "GB/s, median; whisker: slowest to fastest round"
+            "thousand reads per second" if group == "random" else "GB/s, median; whisker: slowest to fastest round"
         )
         axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
@@ -207,9 +199,7 @@ def insert(document: str, kind: str, text: str) -> str:
     """
     begin, end = markers(kind)
     if document.count(begin) != 1 or document.count(end) != 1 or document.index(begin) > document.index(end):
-        raise UsageError(
-            f"docs/performance.md must hold the lines {begin} and {end} once each, in this order"
-        )
+        raise UsageError(f"docs/performance.md must hold the lines {begin} and {end} once each, in this order")
     before, rest = document.split(begin)
     return f"{before}{begin}\n{text.strip()}\n{end}{rest.split(end)[1]}"
 

@@ -20,9 +20,7 @@ from pathlib import Path
 import pytest
 
 PROGRAMS = Path(__file__).parent / "mpi"
-_MPICH = os.environ.get(
-    "MLSTOR_TEST_MPICH"
-)  # read at import: a fixture takes MLSTOR_* out of the environment
+_MPICH = os.environ.get("MLSTOR_TEST_MPICH")  # read at import: a fixture takes MLSTOR_* out of the environment
 _TIMEOUT_S = 60
 
 

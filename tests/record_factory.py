@@ -36,6 +36,11 @@ def histograms(op: Op, kind: int) -> dict[str, Histogram]:
     return made if op == "read" else made | {"sync": of_values([31_000_000, 45_000_000])}
 
 
+def number(op: Op, checkpoint: int) -> int:
+    """Phases of the synthetic runs: up to 100 writes, then the reads."""
+    return checkpoint - 1 + (100 if op == "read" else 0)
+
+
 def report(
     process: int = 0, *, op: Op = "write", checkpoint: int = 1, per_host: int = 2, ranks: int = 1, **over: Any
 ) -> PhaseReport:
@@ -52,14 +57,12 @@ def report(
         for rank in range(process * ranks, (process + 1) * ranks)
     ]
     values: dict[str, Any] = {
+        "number": number(op, checkpoint),
         "op": op,
         "checkpoint": checkpoint,
         "process": process,
         "host": process // per_host,
-        "barrier_unix_ns": START_UNIX_NS
-        + checkpoint * 10**10
-        + (0 if op == "write" else 10**12)
-        + 1000 * process,
+        "barrier_unix_ns": START_UNIX_NS + checkpoint * 10**10 + (0 if op == "write" else 10**12) + 1000 * process,
         "ranks": figures,
         "cpu_user_ns": 400_000_000,
         "cpu_system_ns": 300_000_000,
@@ -81,17 +84,14 @@ def report(
             )
         ],
         "cached": Cached(verdict="no", how="O_DIRECT confirmed"),
-        "verification": Verification(verified_nbytes=2 * ranks * FILE_NBYTES)
-        if op == "read"
-        else Verification(),
+        "verification": Verification(verified_nbytes=2 * ranks * FILE_NBYTES) if op == "read" else Verification(),
     }
     return PhaseReport(**(values | over))
 
 
-def progress(
-    process: int = 0, *, op: Op = "write", checkpoint: int = 1, per_host: int = 2, **over: Any
-) -> Progress:
+def progress(process: int = 0, *, op: Op = "write", checkpoint: int = 1, per_host: int = 2, **over: Any) -> Progress:
     values: dict[str, Any] = {
+        "number": number(op, checkpoint),
         "op": op,
         "checkpoint": checkpoint,
         "process": process,
@@ -142,9 +142,7 @@ def target(**over: Any) -> r.Target:
     return r.Target(**(values | over))
 
 
-def record(
-    processes: int = 4, *, per_host: int = 2, writes: int = 2, reads: int = 2, **over: Any
-) -> r.Record:
+def record(processes: int = 4, *, per_host: int = 2, writes: int = 2, reads: int = 2, **over: Any) -> r.Record:
     hosts = -(-processes // per_host)
     nfiles = 2 * processes
     work = r.Workload(

@@ -119,9 +119,7 @@ def test_pages_of_a_file_in_the_cache_are_counted_and_a_cached_file_is_refused(t
         require_uncached([tmp_path])
 
 
-def test_an_evicted_file_is_found_to_be_out_of_the_cache(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_evicted_file_is_found_to_be_out_of_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "file"
     path.write_bytes(random.randbytes(MIB))
     # As an ordinary user: the whole machine's cache stays as it is.
@@ -251,9 +249,7 @@ def test_fio_writes_all_bytes_with_several_processes(tmp_path: Path) -> None:
 def test_every_key_is_there_once_and_every_function_exists() -> None:
     keys = [entry.key for entry in contenders.ENTRIES]
     assert len(set(keys)) == len(keys)
-    for function in [entry.function for entry in contenders.ENTRIES if entry.function] + [
-        *contenders.SOURCES.values()
-    ]:
+    for function in [entry.function for entry in contenders.ENTRIES if entry.function] + [*contenders.SOURCES.values()]:
         module, name = function.split(":")
         source = (Path(contenders.__file__).parent / f"{module}.py").read_text()
         assert f"\ndef {name}(job: Job) -> Sample:" in source
@@ -336,17 +332,13 @@ def whole_run() -> report.Run:
     bound = []
     for entry in contenders.ENTRIES:
         if entry.key in keys:
-            bound.append(
-                Contender(entry.key, entry.group, entry.label, lambda: sample(1.0), twin_of=entry.twin_of)
-            )
+            bound.append(Contender(entry.key, entry.group, entry.label, lambda: sample(1.0), twin_of=entry.twin_of))
     samples = {
         each.key: [Sample(1.0, 0.1, GB, 1000 if each.group == "random" else 0, 0, {"path": "io_uring"})] * 3
         for each in bound
     }
     cell = fio.SEQUENTIAL[0]
-    return report.Run(
-        "disk", bound, samples, {"write": cell}, {"write": {cell: [1.0]}}, [0.2], None, {"kernel": "6.1"}
-    )
+    return report.Run("disk", bound, samples, {"write": cell}, {"write": {cell: [1.0]}}, [0.2], None, {"kernel": "6.1"})
 
 
 def test_a_report_holds_the_self_check_goals_and_tables_and_its_record_is_json(tmp_path: Path) -> None:
@@ -364,9 +356,7 @@ def test_a_report_holds_the_self_check_goals_and_tables_and_its_record_is_json(t
 
 
 def test_tables_go_between_their_markers_and_nothing_else_changes() -> None:
-    page = "head\n{}\nold\n{}\nmiddle\n{}\n{}\ntail\n".format(
-        *report.markers("disk"), *report.markers("fast")
-    )
+    page = "head\n{}\nold\n{}\nmiddle\n{}\n{}\ntail\n".format(*report.markers("disk"), *report.markers("fast"))
     once = report.insert(page, "disk", "| new |\n")
     assert once == page.replace("\nold\n", "\n| new |\n")
     assert report.insert(once, "disk", "| new |") == once
@@ -419,9 +409,7 @@ def test_the_file_system_is_that_of_the_longest_mount_point(tmp_path: Path) -> N
 
 
 def mounts_and_loops() -> tuple[str, str]:
-    loops = subprocess.run(
-        ["losetup", "--all", "--noheadings"], capture_output=True, text=True, check=True
-    ).stdout
+    loops = subprocess.run(["losetup", "--all", "--noheadings"], capture_output=True, text=True, check=True).stdout
     own = [line for line in loops.splitlines() if "mlstor-bench-fast-" in line]
     return Path("/proc/self/mountinfo").read_text(), "\n".join(own)
 

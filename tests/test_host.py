@@ -69,12 +69,10 @@ def test_v1_inside_a_container_knows_the_limit_of_ancestors_it_does_not_see(tmp_
         tmp_path,
         {
             "proc/self/cgroup": f"4:memory:{group}\n0::/\n",
-            "proc/self/mountinfo": V2_MOUNT.replace("cgroup rw", "cgroup/unified rw")
-            + V1_MOUNT.format(root=group),
+            "proc/self/mountinfo": V2_MOUNT.replace("cgroup rw", "cgroup/unified rw") + V1_MOUNT.format(root=group),
             "sys/fs/cgroup/memory/memory.limit_in_bytes": V1_UNLIMITED,
             "sys/fs/cgroup/memory/memory.usage_in_bytes": f"{GIB}\n",
-            "sys/fs/cgroup/memory/memory.stat": f"hierarchical_memory_limit {2 * GIB}\ntotal_inactive_file "
-            "0\n",
+            "sys/fs/cgroup/memory/memory.stat": f"hierarchical_memory_limit {2 * GIB}\ntotal_inactive_file 0\n",
         },
     )
     limits = cgroup.read(root)
@@ -114,9 +112,7 @@ def test_this_process_in_a_real_v1_group_with_a_limit(tmp_path: Path) -> None:
     if not (top / "cgroup.procs").exists() or not os.access(top, os.W_OK):
         pytest.skip("no writable v1 memory hierarchy here")
     own = next(
-        line.split(":", 2)[2]
-        for line in Path("/proc/self/cgroup").read_text().splitlines()
-        if ":memory:" in line
+        line.split(":", 2)[2] for line in Path("/proc/self/cgroup").read_text().splitlines() if ":memory:" in line
     )
     group = top / own.lstrip("/") / f"mlstor-test-{os.getpid()}"
     group.mkdir()
@@ -128,9 +124,7 @@ def test_this_process_in_a_real_v1_group_with_a_limit(tmp_path: Path) -> None:
             "limits = cgroup.read(); print(limits.memory_limit_bytes, limits.memory_left_bytes)"
         )
         env = {**os.environ, "PYTHONPATH": str(Path(cgroup.__file__).parent.parent)}
-        done = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True
-        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True)
         limit, left = map(int, done.stdout.split())
         assert limit == 2 * GIB
         assert 0 < left <= 2 * GIB
@@ -271,9 +265,7 @@ def test_a_cpuset_that_leaves_fewer_cores_is_no_binding(tmp_path: Path) -> None:
     assert host.binding_warning(facts, None) is None
 
 
-@pytest.mark.parametrize(
-    ("text", "count"), [("0-3,8", 5), ("7", 1), ("0-1,4-5,9\n", 5), ("\n", None), (None, None)]
-)
+@pytest.mark.parametrize(("text", "count"), [("0-3,8", 5), ("7", 1), ("0-1,4-5,9\n", 5), ("\n", None), (None, None)])
 def test_cpu_lists_are_counted(text: str | None, count: int | None) -> None:
     assert host.cpulist_count(text) == count
 

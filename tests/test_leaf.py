@@ -26,9 +26,7 @@ ZEROED, OTHER_RUN, OTHER_CHECKPOINT, OTHER_FILE, OTHER_OFFSET, CORRUPT, NO_STAMP
 U64 = (1 << 64) - 1
 
 # conftest.py's autouse fixture is of function scope; it only sets the environment.
-SETTINGS = settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+SETTINGS = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @pytest.fixture(scope="module")
@@ -56,13 +54,9 @@ def fill(leaf: ct.CDLL, pattern: PatternStruct, offset: int, nbytes: int, shift:
     return buffer.raw[shift:]
 
 
-def check(
-    leaf: ct.CDLL, pattern: PatternStruct, data: bytes, offset: int, limit: int = 16
-) -> tuple[int, list[Damage]]:
+def check(leaf: ct.CDLL, pattern: PatternStruct, data: bytes, offset: int, limit: int = 16) -> tuple[int, list[Damage]]:
     found, described = (Damage * max(limit, 1))(), ct.c_size_t()
-    damaged = leaf.mls_pattern_check(
-        ct.byref(pattern), data, offset, len(data), found, limit, ct.byref(described)
-    )
+    damaged = leaf.mls_pattern_check(ct.byref(pattern), data, offset, len(data), found, limit, ct.byref(described))
     return damaged, list(found[: described.value])
 
 
@@ -228,9 +222,7 @@ def test_crc_of_pieces_combines_in_any_order(digests: ct.CDLL, cuts: list[int], 
 
 
 @SETTINGS
-@given(
-    cuts=st.lists(st.integers(0, 2_000), max_size=8), nbytes=st.integers(0, 2_000), seed=st.integers(0, U64)
-)
+@given(cuts=st.lists(st.integers(0, 2_000), max_size=8), nbytes=st.integers(0, 2_000), seed=st.integers(0, U64))
 def test_xxh64_in_pieces_agrees_with_xxhash(leaf: ct.CDLL, cuts: list[int], nbytes: int, seed: int) -> None:
     xxhash = pytest.importorskip("xxhash")
     data = oracle_bytes()[:nbytes]

@@ -130,9 +130,7 @@ def test_without_statx_xfs_itself_is_asked(leaf: ct.CDLL, leaf_path: Path, xfs_f
 
 
 @pytest.mark.skipif(STATX_NUMBER == 0, reason="system call numbers of this machine are not in the table")
-def test_without_statx_support_is_unknown_and_alignment_safe(
-    leaf_path: Path, shared_fs: Callable[[str], Path]
-) -> None:
+def test_without_statx_support_is_unknown_and_alignment_safe(leaf_path: Path, shared_fs: Callable[[str], Path]) -> None:
     path = shared_fs("ext4") / "file"
     path.write_bytes(bytes(1 << 20))
     _, source, direct, mem_align, offset_align, mnt_id = probe_refused(leaf_path, path, STATX_NUMBER, EPERM)
@@ -142,9 +140,7 @@ def test_without_statx_support_is_unknown_and_alignment_safe(
 
 
 @pytest.mark.parametrize("refusal", [ENOSYS, EPERM])
-def test_mincore_stands_in_for_cachestat(
-    leaf: ct.CDLL, leaf_path: Path, xfs_file: Path, refusal: int
-) -> None:
+def test_mincore_stands_in_for_cachestat(leaf: ct.CDLL, leaf_path: Path, xfs_file: Path, refusal: int) -> None:
     # the child asks for 100,000 bytes from 5000 on
     with xfs_file.open("rb") as file:
         with held_in_cache(file.fileno(), 0, 1 << 20):

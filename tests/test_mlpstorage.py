@@ -7,10 +7,7 @@ import pytest
 from mlstor.checkpoint.mlpstorage import Translated, translate
 from mlstor.errors import UsageError
 
-V2 = (
-    "checkpointing run --model llama3-70b --num-processes 64 --client-host-memory-in-gb 256 "
-    "--checkpoint-folder /ckpt"
-)
+V2 = "checkpointing run --model llama3-70b --num-processes 64 --client-host-memory-in-gb 256 --checkpoint-folder /ckpt"
 V3 = "closed checkpointing run file --model llama3-70b --num-processes 64 --checkpoint-folder /ckpt"
 
 
@@ -61,9 +58,7 @@ def test_v3_goes_round_several_hosts_and_binds_to_sockets_of_one():
 
 def test_mpi_params_take_the_place_of_defaults():
     result = translate([*V3.split(), "--mpi-params=--bind-to core -x PATH"], {})
-    assert " ".join(result.mpirun) == (
-        "mpirun -n 64 -host 127.0.0.1:64 --map-by socket --bind-to core -x PATH"
-    )
+    assert " ".join(result.mpirun) == ("mpirun -n 64 -host 127.0.0.1:64 --map-by socket --bind-to core -x PATH")
 
 
 def test_uneven_processes_go_to_the_first_hosts():
@@ -72,9 +67,7 @@ def test_uneven_processes_go_to_the_first_hosts():
 
 def test_short_flags():
     long = translated(V2 + " --num-checkpoints-write 3 --num-checkpoints-read 4 --results-dir /r --hosts x")
-    short = translated(
-        "checkpointing run -m llama3-70b -np 64 -cm 256 -cf /ckpt -ncw 3 -ncr 4 -rd /r -s x -et mpi"
-    )
+    short = translated("checkpointing run -m llama3-70b -np 64 -cm 256 -cf /ckpt -ncw 3 -ncr 4 -rd /r -s x -et mpi")
     assert short == long
 
 

@@ -120,9 +120,7 @@ def test_layer_files_hold_the_tensors_of_the_worked_example(name, block, embeddi
         ("llama3-70b", [1024, 1179648, 1048576, 1024, 7340032, 3670016], 16416768, 1024, 483, 1091915904),
     ],
 )
-def test_zero3_files_hold_the_tensors_of_the_worked_example(
-    name, block, embedding, norm, ntensors, optimizer
-):
+def test_zero3_files_hold_the_tensors_of_the_worked_example(name, block, embedding, norm, ntensors, optimizer):
     shape = models.get(name)
     model_file, optimizer_file = shape.role_files(shape.dp, 0, True)
     elements = _elements(model_file)

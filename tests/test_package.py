@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import textwrap
 from pathlib import Path
 
 import pytest
+from setuptools import Distribution
 
 import mlstor
 from mlstor import cli
 from mlstor.errors import CorruptionError, MlstorError, UsageError, WorldError
+from mlstor.signals import Interrupted
 
 ROOT = Path(__file__).resolve().parent.parent
 HEAVY = {"numpy", "torch", "mpi4py", "rich", "msgspec", "yaml", "mlstor._io"}
@@ -126,6 +131,8 @@ def test_a_wrong_verb_is_one_line_and_exit_2(arguments, said):
         (WorldError("x"), 4),
         (OSError(28, "No space left on device", "/d/f"), 1),
         (KeyboardInterrupt(), 130),
+        (Interrupted(signal.SIGINT), 130),
+        (Interrupted(signal.SIGTERM), 143),
     ],
 )
 def test_errors_become_one_line_and_their_exit_code(error, code, capsys):
@@ -242,7 +249,115 @@ def test_a_wrong_build_variable_stops_the_build(build, name, value, monkeypatch)
         build.extension()
 
 
+def test_other_flags_build_the_extension_again(build, tmp_path):
+    source = tmp_path / "number.c"
+    source.write_text("const char *number = NUMBER;\nvoid *PyInit_number(void) { return 0; }\n")
+
+    def built(number: str) -> tuple[bytes, int]:
+        extension = build.Extension("number", [str(source)], define_macros=[("NUMBER", f'"{number}"')])
+        command = build.BuildExtension(Distribution({"ext_modules": [extension]}))
+        command.build_lib, command.build_temp = str(tmp_path / "lib"), str(tmp_path / "temp")
+        command.ensure_finalized()
+        command.run()
+        [library] = (tmp_path / "lib").glob("number*.so")
+        return library.read_bytes(), library.stat().st_mtime_ns
+
+    first, again, other = built("first flags"), built("first flags"), built("other flags")
+    assert first == again
+    assert b"first flags" in first[0]
+    assert b"other flags" in other[0]
+
+
+@pytest.fixture(scope="module")
+def without_libraries(tmp_path_factory):
+    """The package with an extension that knows neither liburing nor ISA-L. Built again only when its sources change."""
+    cache = ROOT / "build" / "without"
+    done = subprocess.run(
+        [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", cache / "lib", "--build-temp", cache / "temp"],
+        check=False, capture_output=True, text=True, cwd=ROOT, timeout=300,
+        env={**os.environ, "MLSTOR_WITHOUT": "liburing,isal"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "WITHOUT liburing" in done.stderr
+    root = tmp_path_factory.mktemp("without")
+    shutil.copytree(ROOT / "src" / "mlstor", root / "mlstor", ignore=shutil.ignore_patterns("*.so", "csrc", "*.px*"))
+    [built] = (cache / "lib" / "mlstor").glob("_io*.so")
+    shutil.copy(built, root / "mlstor")
+    return {**os.environ, "PYTHONPATH": str(root)}
+
+
+@pytest.mark.slow
+def test_a_build_without_the_libraries_works_with_threads(without_libraries, tmp_path):
+    code = """
+        import sys, zlib
+        from mlstor import Engine, Extent, Pattern, WriteFile
+        path, data = sys.argv[1], bytes(range(256)) * 40000
+        with Engine() as engine:
+            assert engine.backend == "threads", engine.backend
+            request, = engine.submit([WriteFile(path, [Extent(0, len(data), data, "crc32")])])
+            assert request.wait().digests == {0: zlib.crc32(data)}
+            into = bytearray(len(data))
+            engine.read_file(path, into)
+            assert into == data
+            pattern = Pattern(7)
+            engine.write_file(path, [Extent(0, 3_000_001, pattern)])
+            assert engine.read_file(path, pattern).damaged_blocks == 0
+        try:
+            Engine(backend="io_uring")
+        except OSError as error:
+            print(error)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), tmp_path / "file"],
+        check=False, capture_output=True, text=True, timeout=60, env=without_libraries,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "the engine did not start (io_uring" in done.stdout
+    doctor = subprocess.run(
+        [sys.executable, "-m", "mlstor", "doctor", tmp_path],
+        check=False, capture_output=True, text=True, timeout=60, env=without_libraries,
+    )  # fmt: skip
+    assert doctor.returncode == 0, doctor.stderr
+    assert "liburing  absent: I/O goes through threads (install liburing-dev" in doctor.stdout
+    assert "isal      absent: CRCs come from tables (install libisal-dev" in doctor.stdout
+    assert "refused (build): mlstor was built without liburing" in doctor.stdout
+
+
+def test_an_installation_holds_no_sources_of_the_extension():
+    try:
+        files = importlib.metadata.files("mlstor") or []
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("mlstor is not installed, it runs from the work tree")
+    names = {str(file) for file in files}
+    if "mlstor/__init__.py" not in names:
+        pytest.skip("mlstor is installed in editable mode")
+    for name in ("py.typed", "_io.pyi", "results/schema.json"):
+        assert f"mlstor/{name}" in names
+    assert [name for name in names if name.endswith((".c", ".h", ".pyx", ".pxi", ".pxd"))] == []
+
+
+def test_a_source_distribution_holds_what_builds_and_tests_it(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", tmp_path, "sdist", "-d", tmp_path],
+        check=False, capture_output=True, text=True, cwd=ROOT, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    [archive] = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as file:
+        held = {name.partition("/")[2] for name in file.getnames()}
+    suffixes = {".py", ".pyx", ".pxi", ".pxd", ".pyi", ".c", ".h", ".json", ".yaml", ".md", ".png"}
+    wanted = {
+        str(path.relative_to(ROOT))
+        for directory in ("src", "tests", "docs", "benchmarks", "scripts")
+        for path in (ROOT / directory).rglob("*")
+        if path.suffix in suffixes or path.parent.name == "scripts"
+    }
+    assert {name for name in wanted - held if "/." not in name} == {"src/mlstor/_io.c"} & wanted
+    assert {"Makefile", "README.md", "CHANGELOG.md", "LICENSE", "setup.py", "pyproject.toml"} <= held
+    assert not [name for name in held if name.endswith((".so", "_io.c"))]
+
+
 def test_the_package_holds_what_a_user_of_it_needs():
     package = Path(mlstor.__file__).parent
-    for name in ("py.typed", "_io.pyi", "_io.pxd", "results/schema.json"):
+    for name in ("py.typed", "_io.pyi", "results/schema.json"):
         assert (package / name).is_file(), name

@@ -40,17 +40,13 @@ def test_what_fits_is_recorded(tmp_path: Path, host: hosts.Host) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_full_file_system_is_refused_with_both_figures(
-    tmpfs_mount: Callable[[int], Path], host: hosts.Host
-) -> None:
+def test_a_full_file_system_is_refused_with_both_figures(tmpfs_mount: Callable[[int], Path], host: hosts.Host) -> None:
     small = str(tmpfs_mount(MIB))
     with pytest.raises(UsageError, match=r"1\.05 MB \(1\.00 MiB\) \(free space.*needs 2\.1.*--scale"):
         check([Need(small, 2 * MIB, 1)], host)
 
 
-def test_directories_of_one_file_system_are_added_up(
-    tmpfs_mount: Callable[[int], Path], host: hosts.Host
-) -> None:
+def test_directories_of_one_file_system_are_added_up(tmpfs_mount: Callable[[int], Path], host: hosts.Host) -> None:
     top = tmpfs_mount(4 * MIB)
     needs = []
     for name in ("a", "b"):
@@ -206,9 +202,7 @@ def test_an_ordinary_user_is_told_that_a_directory_is_not_writable(tmp_path: Pat
         (300, 1000, False, False, "not exceeded: caches must be flushed"),
     ],
 )
-def test_mlperfs_rule_is_read_both_ways(
-    per_client: int, memory: int, run: bool, one: bool, words: str
-) -> None:
+def test_mlperfs_rule_is_read_both_ways(per_client: int, memory: int, run: bool, one: bool, words: str) -> None:
     rule = CacheRule(client_memory_bytes=memory * GIB, bytes_per_client=per_client * GIB, checkpoints=10)
     assert (rule.run_exceeds, rule.checkpoint_exceeds) == (run, one)
     assert words in rule.sentence

@@ -181,9 +181,7 @@ def test_a_process_killed_in_mid_run_leaves_a_partial_record(tmp_path: Path) -> 
     )
     run_dir = tmp_path / "run"
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
-    child = subprocess.Popen(
-        [sys.executable, "-c", program, str(run_dir)], stdout=subprocess.PIPE, text=True, env=env
-    )
+    child = subprocess.Popen([sys.executable, "-c", program, str(run_dir)], stdout=subprocess.PIPE, text=True, env=env)
     assert child.stdout is not None
     with child.stdout:
         assert child.stdout.readline() == "ready\n"

@@ -71,9 +71,7 @@ def test_different_paths_stay_apart() -> None:
 
 
 def test_barrier_skew_is_relative_to_the_lowest_process_and_may_be_negative() -> None:
-    merged = merge_phase(
-        [report(0, barrier_unix_ns=START_UNIX_NS), report(1, barrier_unix_ns=START_UNIX_NS - 7)]
-    )
+    merged = merge_phase([report(0, barrier_unix_ns=START_UNIX_NS), report(1, barrier_unix_ns=START_UNIX_NS - 7)])
     assert merged.barrier_unix_ns == START_UNIX_NS
     assert merged.processes.barrier_skew_ns == [0, -7]
 
@@ -158,7 +156,8 @@ def test_an_unfinished_phase_keeps_both_the_finished_and_the_others_last_word() 
     ("reports", "match"),
     [
         ([], "no process reported"),
-        ([report(0), report(1, checkpoint=2)], "different phases: write 1, write 2"),
+        ([report(0), report(1, checkpoint=2)], r"different phases: write 1 \(phase 0\), write 2 \(phase 1\)"),
+        ([report(0), report(1, number=5)], r"different phases: write 1 \(phase 0\), write 1 \(phase 5\)"),
         ([report(0), report(0)], "process 0 reported twice on write 1"),
     ],
 )

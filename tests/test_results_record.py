@@ -28,17 +28,13 @@ SCHEMA_FILE = Path(r.__file__).with_name("schema.json")
 def partial_record() -> r.Record:
     made = record(
         status="failed",
-        error=r.RunError(
-            rank=3, host="node0001", file="/mnt/x", offset=4096, message="No space left on device"
-        ),
+        error=r.RunError(rank=3, host="node0001", file="/mnt/x", offset=4096, message="No space left on device"),
         recovered=r.Recovered(journals=3, torn_lines=1, missing_processes=1),
     )
     damaged = Verification(
         verified_nbytes=9,
         damaged_blocks=1,
-        damage=[
-            Damage(rank=0, file="f", offset=0, nbytes=1, kind="other-run", found_run="ab", found_offset=2)
-        ],
+        damage=[Damage(rank=0, file="f", offset=0, nbytes=1, kind="other-run", found_run="ab", found_offset=2)],
     )
     made.phases = [
         merge_phase([report(0)], progress=[progress(1)], processes=4),
@@ -64,9 +60,7 @@ def test_the_committed_schema_is_the_current_one() -> None:
     printed = subprocess.run(
         [sys.executable, "-m", "mlstor.results.record"], check=True, capture_output=True, text=True
     ).stdout
-    assert printed == SCHEMA_FILE.read_text(), (
-        "run: python -m mlstor.results.record > src/mlstor/results/schema.json"
-    )
+    assert printed == SCHEMA_FILE.read_text(), "run: python -m mlstor.results.record > src/mlstor/results/schema.json"
 
 
 @pytest.mark.parametrize(

@@ -75,9 +75,7 @@ def test_a_long_run_shows_operations_merged_per_direction() -> None:
 
 def test_memory_is_headed_as_memory() -> None:
     assert "memory, not storage" not in printed(record())
-    assert printed(record(targets=[target(is_memory=True, fs_type="tmpfs")])).startswith(
-        "memory, not storage"
-    )
+    assert printed(record(targets=[target(is_memory=True, fs_type="tmpfs")])).startswith("memory, not storage")
 
 
 def test_a_partial_run_is_marked_and_says_how_it_was_recovered() -> None:
@@ -92,9 +90,7 @@ def test_a_partial_run_is_marked_and_says_how_it_was_recovered() -> None:
 
 
 def test_a_failed_run_names_rank_host_file_and_offset_without_reading_them_as_markup() -> None:
-    error = r.RunError(
-        rank=3, host="node1", file="/mnt/[red]x", offset=4096, message="No space left on device"
-    )
+    error = r.RunError(rank=3, host="node1", file="/mnt/[red]x", offset=4096, message="No space left on device")
     text = printed(record(status="failed", error=error, phases=[]))
     assert "rank 3 on node1, /mnt/[red]x at byte 4096: No space left on device" in text
     assert "no phase was begun" in text
@@ -104,10 +100,7 @@ def test_a_client_that_was_the_limit_is_said_in_words_with_the_rule() -> None:
     made = record()
     made.phases[0] = merge_phase([report(0, worker_busy_ns=99, worker_wait_ns=1)])
     text = words(printed(made))
-    assert (
-        "client-bound write 1: the client, not the storage, was the limit: workers of process 0 busy 99 %"
-        in text
-    )
+    assert "client-bound write 1: the client, not the storage, was the limit: workers of process 0 busy 99 %" in text
     assert words(made.phases[0].client.rule) in text
     assert "client-bound" not in printed(record())
 
@@ -149,7 +142,7 @@ def test_damage_names_file_offset_kind_and_what_lies_there() -> None:
     text = printed(made)
     assert "1.00 GB (953.67 MiB) compared byte by byte: 21 blocks of 4 KiB DAMAGED" in text
     assert "read 1, rank 1: /mnt/f.pt" in text
-    assert "4,096 bytes at 8192: other-checkpoint, found checkpoint 7" in text
+    assert "4,096 bytes at offset 8192: other-checkpoint, found checkpoint 7" in text
     assert "and 13 places more" in text
 
 
@@ -167,9 +160,7 @@ def test_mlperfs_fields_are_labelled_and_the_slowest_ranks_lie_beside() -> None:
     assert "MLPerf result" not in text
 
 
-def test_show_prints_a_stored_record_or_its_mlperf_summary(
-    tmp_path: Path, capsys: pytest.CaptureFixture[Any]
-) -> None:
+def test_show_prints_a_stored_record_or_its_mlperf_summary(tmp_path: Path, capsys: pytest.CaptureFixture[Any]) -> None:
     r.save(record(), tmp_path)
     assert table.main([str(tmp_path)]) == 0
     assert "write 1" in capsys.readouterr().out

@@ -102,9 +102,7 @@ def test_abort_alone_raises_the_error() -> None:
 
 
 @pytest.mark.usefixtures("unlaunched")
-@pytest.mark.parametrize(
-    ("nodes", "ranks", "option"), [(2, None, "--expect-nodes 2"), (1, 8, "--expect-ranks 8")]
-)
+@pytest.mark.parametrize(("nodes", "ranks", "option"), [(2, None, "--expect-nodes 2"), (1, 8, "--expect-ranks 8")])
 def test_expectations_hold_for_one_process_too(nodes: int, ranks: int | None, option: str) -> None:
     with pytest.raises(UsageError, match=f"{option}.*1 rank on 1 host"):
         worlds.connect(nodes, ranks)
@@ -231,9 +229,7 @@ def test_a_defect_shows_its_traceback_and_ends_the_run(mpi: launchers.Mpi, tmp_p
 @pytest.mark.parametrize(
     ("case", "message"), [("disagree", "rank 1 on .*: the drive is full"), ("all_fail", "no such model")]
 )
-def test_an_error_known_to_all_is_told_once(
-    mpi: launchers.Mpi, tmp_path: Path, case: str, message: str
-) -> None:
+def test_an_error_known_to_all_is_told_once(mpi: launchers.Mpi, tmp_path: Path, case: str, message: str) -> None:
     done = mpi.run(2, "world_case.py", case, cwd=tmp_path)
     assert done.returncode == UsageError.exit_code
     told = [line for line in done.stderr.splitlines() if line.startswith("told: ")]
@@ -274,9 +270,7 @@ def test_sigterm_to_a_rank_inside_a_barrier_ends_the_run(mpi: launchers.Mpi, tmp
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-def test_a_stopped_launcher_lets_every_rank_save_first(
-    mpi: launchers.Mpi, tmp_path: Path, signum: int
-) -> None:
+def test_a_stopped_launcher_lets_every_rank_save_first(mpi: launchers.Mpi, tmp_path: Path, signum: int) -> None:
     running = mpi.start(2, "world_case.py", "hang_all", cwd=tmp_path)
     pids = running.rank_pids(2)
     time.sleep(0.3)
@@ -305,9 +299,7 @@ def test_open_mpi_inside_another_launcher_names_both(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("launcher", "library"), [("mpich", "openmpi"), ("openmpi", "mpich")])
-def test_real_launcher_of_the_other_mpi_is_refused_before_any_work(
-    tmp_path: Path, launcher: str, library: str
-) -> None:
+def test_real_launcher_of_the_other_mpi_is_refused_before_any_work(tmp_path: Path, launcher: str, library: str) -> None:
     starter, python = launchers.find(launcher), launchers.find(library).python
     command = [*starter.mpirun, "-n", "2", python, str(launchers.PROGRAMS / "world_case.py"), "facts"]
     done = launchers.run(command, tmp_path)

@@ -144,9 +144,7 @@ def _quota_milli(version: int | None, level: Path) -> int | None:
         quota, period = _number(level / "cpu.cfs_quota_us"), _number(level / "cpu.cfs_period_us")
     else:
         words = (_text(level / "cpu.max") or "").split()
-        quota, period = (
-            int(word) if word.isdigit() else None for word in (words if len(words) == 2 else ("", ""))
-        )
+        quota, period = (int(word) if word.isdigit() else None for word in (words if len(words) == 2 else ("", "")))
     if quota is None or not period or quota < 0:  # v1 says -1 for none
         return None
     return quota * 1000 // period

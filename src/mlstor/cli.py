@@ -32,7 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(main: Callable[[list[str]], int], argv: list[str]) -> int:
     """Run a verb's `main`; its errors become one line on stderr and the exit code.
 
-    A `MlstorError` gives its own code, an `OSError` 1, Ctrl-C 130. Anything else is a bug, shown as such.
+    A `MlstorError` gives its own code, an `OSError` 1, Ctrl-C 130, SIGTERM in a run 143. Anything else is a bug,
+    shown as such.
     """
     try:
         code = main(argv)
@@ -48,9 +49,10 @@ def run(main: Callable[[list[str]], int], argv: list[str]) -> int:
     except OSError as error:
         print(f"mlstor: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("mlstor: interrupted", file=sys.stderr)
-        return INTERRUPTED
+    except KeyboardInterrupt as error:
+        # mlstor.signals.Interrupted, a KeyboardInterrupt, tells which signal it was.
+        print(f"mlstor: {str(error) or 'interrupted'}", file=sys.stderr)
+        return getattr(error, "exit_code", INTERRUPTED)
 
 
 def _dispatch(argv: list[str]) -> int:

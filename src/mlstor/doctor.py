@@ -10,6 +10,7 @@ import dataclasses
 import errno
 import os
 import re
+import resource
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -17,6 +18,15 @@ from mlstor.errors import UsageError
 from mlstor.units import format_both, format_gib
 
 SECCOMP_FILTER = 2  # "Seccomp:" in /proc/self/status: 0 off, 1 strict, 2 filter (proc(5))
+
+_WITHOUT_REGISTRATION = "pages are then pinned at each transfer; a greater memory lock limit (ulimit -l) allows it"
+
+_ALIGNMENT_SOURCES = {
+    "statx": "as statx says",
+    "xfs": "as XFS says",
+    "sysfs": "the device's block size: statx says nothing",
+    "page": "a page: neither statx nor the device says anything",
+}
 
 CAUSES = {
     "build": "mlstor was built without liburing; install liburing-dev and install mlstor again",
@@ -88,7 +98,7 @@ def examine(path: str | None = None) -> dict[str, Any]:
     UsageError
         If `path` doesn't exist.
     OSError
-        If no temporary file can be made there.
+        If it can't even be opened.
     """
     directory = None if path is None else _directory(path)
     from mlstor import _io, host
@@ -97,15 +107,30 @@ def examine(path: str | None = None) -> dict[str, Any]:
     settings = Settings.resolve()
     report: dict[str, Any] = {
         "build": _io.build_info(),
-        "kernel": kernel_findings(_io.probe()),
+        "kernel": kernel_findings({**_io.probe(), **limits()}),
         "host": dataclasses.asdict(host.describe()),
     }
     if directory is not None:
         settings = settings.for_target(directory)
         report["mount"] = _mount(directory)
-        report["path"] = {"directory": directory, **_io.probe_path(directory)}
+        report["path"] = {"directory": directory, **_probe(directory)}
     report["settings"] = settings.describe()
     return report
+
+
+def limits() -> dict[str, int | None]:
+    """What may forbid a ring or its registration.
+
+    ``io_uring_disabled``, the sysctl of that name, is None where the kernel has none (before Linux 6.6);
+    ``memlock_limit_bytes``, this process's RLIMIT_MEMLOCK, is None if there is no limit.
+    """
+    try:
+        with open("/proc/sys/kernel/io_uring_disabled", encoding="ascii") as file:
+            disabled = int(file.read())
+    except FileNotFoundError:
+        disabled = None
+    soft = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+    return {"io_uring_disabled": disabled, "memlock_limit_bytes": None if soft == resource.RLIM_INFINITY else soft}
 
 
 def kernel_findings(probed: Mapping[str, Any]) -> dict[str, Any]:
@@ -156,7 +181,8 @@ def _kernel_lines(kernel: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "ring flags", ", ".join(kernel["ring_flags"]) or "none"
         yield "features", f"{kernel['features']:#x}"
         yield "ring fd registered", _yes(kernel["ring_fd_registered"])
-        yield "buffer registration", str(kernel["registration"])
+        granted = kernel["registration"] == "granted"
+        yield "64 MiB registered", "yes" if granted else f"{kernel['registration']}; {_WITHOUT_REGISTRATION}"
     else:
         error = kernel["errno"]
         said = f"{errno.errorcode.get(error, error)}: " if error else ""
@@ -189,9 +215,16 @@ def _path_lines(path: Mapping[str, Any], mount: Mapping[str, Any] | None) -> Ite
         yield "device", _device_text(mount["device"])
     yield "O_DIRECT write", str(path["direct_write"])
     yield "O_DIRECT read", str(path["direct_read"])
-    reported = "reported by statx" if path["dio_reported"] else "assumed: statx reports none"
-    yield "memory alignment", f"{path['mem_align']} bytes, {reported}"
-    yield "offset alignment", f"{path['offset_align']} bytes to write, {path['read_offset_align']} to read"
+    source = _ALIGNMENT_SOURCES[path["alignment_source"]]
+    if path["dio_reported"] == "no":
+        source = "which is of no use without O_DIRECT"
+    yield (
+        "alignment",
+        (
+            f"memory {path['mem_align']} bytes, offset {path['offset_align']} to write and {path['read_offset_align']} "
+            f"to read: {source}"
+        ),
+    )
     yield "preferred I/O size", f"{path['st_blksize']} bytes (st_blksize)"
 
 
@@ -213,7 +246,10 @@ def _device_text(device: Mapping[str, Any] | None) -> str:
 
 def _settings_lines(settings: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
     for name, setting in settings.items():
-        yield name, f"{setting['value']}  ({setting['source']})"
+        value = setting["value"]
+        if name.endswith("_bytes") and value is not None:
+            value = format_gib(value)
+        yield name, f"{'none' if value is None else value}  ({setting['source']})"
 
 
 def _yes(value: bool) -> str:
@@ -230,6 +266,17 @@ def _mount(directory: str) -> dict[str, Any] | None:
     device = mounts.device_of(mount)
     facts = dataclasses.asdict(mount)
     return {**facts, "number": mount.device, "device": None if device is None else dataclasses.asdict(device)}
+
+
+def _probe(directory: str) -> dict[str, Any]:
+    """What a real write and read there gave; where a file can't be written, why, and what is known without."""
+    from mlstor import _io
+
+    try:
+        return dict(_io.probe_path(directory))
+    except OSError as error:
+        untried = f"not known: {error.strerror}"
+        return {**_io.alignment(directory), "direct_write": untried, "direct_read": untried}
 
 
 def _directory(path: str) -> str:

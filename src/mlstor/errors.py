@@ -1,7 +1,7 @@
 """Errors that mlstor raises on purpose.
 
-A `UsageError` is a user's mistake: the command prints its one sentence and exits 2, without a traceback. Failures of the
-storage are plain `OSError` with errno and file name; damage found by verification is a `CorruptionError`.
+A `UsageError` is a user's mistake: the command prints its one sentence and exits 2, without a traceback. Failures of
+the storage are plain `OSError` with errno and file name; damage found by verification is a `CorruptionError`.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ _ADVICE = {
 
 
 def storage_error(code: int, stage: int, offset: int, path: str, detail: str = "") -> OSError:
-    """The `OSError` for a failed operation: what happened, where, and what to try.
+    """The `OSError` for a failed operation: what happened, where, and what to try; of a transfer with an `offset`.
 
     Parameters
     ----------
@@ -83,7 +83,10 @@ def storage_error(code: int, stage: int, offset: int, path: str, detail: str = "
     advice = _ADVICE.get(code)
     text = f"{os.strerror(code)} ({_STAGES[stage]}{where})"
     text += f": {detail}" if detail else ""
-    return OSError(code, f"{text}; {advice}" if advice else text, path)
+    error = OSError(code, f"{text}; {advice}" if advice else text, path)
+    if where:
+        vars(error)["offset"] = offset  # OSError itself chooses the subclass by errno: one of ours would not
+    return error
 
 
 def short_error(path: str, file_nbytes: int, offset: int) -> OSError:

@@ -57,9 +57,7 @@ class Host:
     @property
     def client_memory_bytes(self) -> int | None:
         """Memory that could cache data here: the host's, or the cgroup's limit where that is less."""
-        known = [
-            size for size in (self.memory_total_bytes, self.cgroup.memory_limit_bytes) if size is not None
-        ]
+        known = [size for size in (self.memory_total_bytes, self.cgroup.memory_limit_bytes) if size is not None]
         return min(known, default=None)
 
 

@@ -83,7 +83,5 @@ def detect(environ: Mapping[str, str] | None = None) -> Launcher | None:
 def _number(env: Mapping[str, str], name: str) -> int:
     text = env.get(name, "")
     if not text.isdigit():
-        raise UsageError(
-            f"the launcher's variable {name} is {text!r}, not a number; unset it or start with mpirun"
-        )
+        raise UsageError(f"the launcher's variable {name} is {text!r}, not a number; unset it or start with mpirun")
     return int(text)

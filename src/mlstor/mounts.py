@@ -124,9 +124,7 @@ def mount_of(path: str | os.PathLike[str], root: str = "/") -> Mount | None:
     for mount in mounts:
         above = mount.mount_point.rstrip("/") + "/"
         # Of two mounts on one directory the later one is seen.
-        if (real + "/").startswith(above) and (
-            best is None or len(mount.mount_point) >= len(best.mount_point)
-        ):
+        if (real + "/").startswith(above) and (best is None or len(mount.mount_point) >= len(best.mount_point)):
             best = mount
     return best
 

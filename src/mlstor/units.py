@@ -15,7 +15,15 @@ for _power, _letter in enumerate("kmgtpe", start=1):
 
 _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-zA-Z]*)\s*")
 _DURATION = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(ms|s|m|min|h|d|)\s*")
-_SECONDS: dict[str, Fraction | int] = {"ms": Fraction(1, 1000), "s": 1, "": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
+_SECONDS: dict[str, Fraction | int] = {
+    "ms": Fraction(1, 1000),
+    "s": 1,
+    "": 1,
+    "m": 60,
+    "min": 60,
+    "h": 3600,
+    "d": 86400,
+}
 
 
 def parse_size(text: str | int) -> int:
@@ -94,5 +102,9 @@ def format_ns(duration_ns: float) -> str:
     """A duration with three significant digits in its natural unit."""
     for factor, unit in ((10**9, "s"), (10**6, "ms"), (10**3, "us")):
         if duration_ns >= factor:
-            return f"{duration_ns / factor:.3g} {unit}" if duration_ns < 1000 * factor else f"{duration_ns / factor:.0f} {unit}"
+            return (
+                f"{duration_ns / factor:.3g} {unit}"
+                if duration_ns < 1000 * factor
+                else f"{duration_ns / factor:.0f} {unit}"
+            )
     return f"{duration_ns:.0f} ns"

@@ -16,6 +16,8 @@ import socket
 import sys
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import NoReturn
@@ -114,7 +116,7 @@ class World(ABC):
     def bcast(self, payload: bytes) -> bytes:
         """Rank 0's `payload` at every rank. Raises as `barrier` does."""
 
-    def tell(self, payload: bytes) -> None:
+    def tell(self, payload: bytes) -> None:  # noqa: B027 - alone there is nobody to tell
         """Let rank 0 know something in passing, without waiting; what is told too fast is left out."""
 
     def heard(self) -> dict[int, bytes]:
@@ -277,9 +279,7 @@ class MpiWorld(World):
 
             traceback.print_exception(error)
         # One write: lines of several ranks must not mix.
-        sys.stderr.write(
-            f"mlstor: rank {self.rank} on {self.hostname}, in {self.phase!r}: {_one_line(error)}\n"
-        )
+        sys.stderr.write(f"mlstor: rank {self.rank} on {self.hostname}, in {self.phase!r}: {_one_line(error)}\n")
         sys.stderr.flush()
 
 
@@ -314,17 +314,37 @@ def connect(expect_nodes: int | None = None, expect_ranks: int | None = None) ->
     ):
         if expected is not None and expected != found:
             hint = "; Open MPI 5 reads --hostfile or PRTE_MCA_prte_default_hostfile, not OMPI_MCA_orte_*"
+            found_text = f"{_count(world.size, 'rank')} on {_count(world.nhosts, 'host')} ({_some(world.hosts)})"
+            remedy = f"check the launcher's host list or correct {option}"
             error = UsageError(
-                f"{option} {expected}, but {world.launcher or 'no launcher'} started "
-                f"{_count(world.size, 'rank')} on "
-                f"{_count(world.nhosts, 'host')} ({_some(world.hosts)}): check the launcher's host list or "
-                f"correct "
-                f"{option}{hint if launcher and launcher.family == 'open-mpi' else ''}"
+                f"{option} {expected}, but without a launcher there is {found_text}: start it with mpirun"
+                if world.launcher is None
+                else f"{option} {expected}, but {world.launcher} started {found_text}: {remedy}"
+                f"{hint if launcher and launcher.family == 'open-mpi' else ''}"
             )
             world._agreed = error
             world.__exit__(UsageError, error, None)
             raise error
     return world
+
+
+@contextmanager
+def said_once() -> Iterator[None]:
+    """For what every rank does alike before it is connected, such as reading the command line.
+
+    Raises
+    ------
+    UsageError
+        The one from within, at rank 0 and in a process started by hand.
+    SystemExit
+        In its place at the other ranks, with its exit code.
+    """
+    try:
+        yield
+    except UsageError as error:
+        launcher = launch.detect()
+        _leave_to_rank_0(0 if launcher is None else launcher.rank, error)
+        raise
 
 
 def _leave_to_rank_0(rank: int, error: MlstorError) -> None:
@@ -349,9 +369,7 @@ def _one_line(error: BaseException) -> str:
     if isinstance(error, SystemExit):
         return f"exit {text}"
     return (
-        text
-        if text and isinstance(error, (MlstorError, OSError, Interrupted))
-        else f"{type(error).__name__}: {text}"
+        text if text and isinstance(error, (MlstorError, OSError, Interrupted)) else f"{type(error).__name__}: {text}"
     )
 
 

@@ -333,6 +333,15 @@ static void test_the_automatic_block(void)
     free(bytes);
 }
 
+static void test_an_engine_of_nothing_is_refused(void)
+{
+    for (int lacks = 0; lacks < 3; lacks++) {
+        mls_config config = config_of(MLS_BACKEND_AUTO, lacks != 0, lacks != 1, lacks != 2 ? 32 * KIB : 0);
+        int error = 0;
+        CHECK(!mls_engine_new(&config, &error) && error == -EINVAL);
+    }
+}
+
 int main(int argc, char **argv)
 {
     char template[] = "/var/tmp/mlstor-faults-XXXXXX";
@@ -344,6 +353,7 @@ int main(int argc, char **argv)
     test_errors_that_stay();
     test_the_window_opens_on_slow_storage_only();
     test_the_automatic_block();
+    test_an_engine_of_nothing_is_refused();
     if (argc == 1) {
         char command[600];
         snprintf(command, sizeof command, "rm -rf '%s'", dir);

@@ -20,18 +20,14 @@ def main() -> int:
     args = parser.parse_args()
     try:
         with connect() as world:
-            mine = targets.resolve(
-                args.paths, rank=world.rank, local_rank=world.local_rank, hostname=world.hostname
-            )
+            mine = targets.resolve(args.paths, rank=world.rank, local_rank=world.local_rank, hostname=world.hostname)
             sharing = targets.discover(
                 world, [mine], "run-1", asserted=args.asserted, read_only=args.read_only, look_for_s=0.5
             )
             targets.check_rank_shift(world, sharing, args.rank_shift)
             if world.rank == 0:
                 sys.stdout.write(
-                    json.dumps(
-                        {"kind": sharing.kind, "targets": sharing.targets_by_host, "hosts": world.hosts}
-                    )
+                    json.dumps({"kind": sharing.kind, "targets": sharing.targets_by_host, "hosts": world.hosts})
                 )
             return 0
     except MlstorError as error:

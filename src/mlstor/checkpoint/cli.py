@@ -14,7 +14,12 @@ if TYPE_CHECKING:
 
 def main(argv: list[str]) -> int:
     """Run ``mlstor checkpoint`` with these arguments; the exit code is 3 if damage was found."""
-    options = parse(argv)
+    from mlstor.world import said_once
+
+    with said_once():
+        options = parse(argv)
+    if options.model == "help":
+        return _print_models()
     if options.plan:
         return _print_plan(options)
     from mlstor.checkpoint.run import run
@@ -41,6 +46,15 @@ def layout_of(options: Options, nprocs: int) -> Layout:
     from mlstor.checkpoint.layout import Layout
 
     return Layout(shape_of(options), options.ranks, options.subset, options.scale, nprocs)
+
+
+def _print_models() -> int:
+    from mlstor.checkpoint.models import MODELS
+
+    width = max(map(len, MODELS))
+    for name, shape in MODELS.items():
+        print(f"{name:<{width}}  {shape.nparameters / 1e9:8.1f} G parameters, {shape.nranks:4} ranks")
+    return 0
 
 
 def _print_plan(options: Options) -> int:

@@ -45,9 +45,7 @@ def _choose_ranks(shape: Shape, ranks: int | None, subset: int | None, nprocs: i
         if ranks is not None and ranks != subset:
             raise UsageError(f"--subset {subset} and --ranks {ranks} contradict each other; give one of them")
         if not 1 <= subset <= own:
-            raise UsageError(
-                f"--subset {subset} is not a part of {shape.name}, which has {own} ranks; give 1 to {own}"
-            )
+            raise UsageError(f"--subset {subset} is not a part of {shape.name}, which has {own} ranks; give 1 to {own}")
         return subset
     if ranks is None:
         ranks, given = max(own, nprocs), f"{nprocs} processes, one rank each,"
@@ -109,8 +107,7 @@ class Layout:
         # Per role, not per rank: (template, bytes) of each file.
         self._roles = {
             (stage, first): tuple(
-                (rule.template, _scaled_nbytes(rule.tensors, scale))
-                for rule in shape.role_files(self.dp, stage, first)
+                (rule.template, _scaled_nbytes(rule.tensors, scale)) for rule in shape.role_files(self.dp, stage, first)
             )
             for stage in range(shape.pp)
             for first in (True, False)
@@ -123,27 +120,16 @@ class Layout:
         shape, own = self.shape, self.shape.nranks
         grid = f"TP {shape.tp} x PP {shape.pp} x DP {self.dp}"
         if self.nranks == own:
-            return (
-                f"all {own} ranks of {shape.name} ({grid})"
-                if own > 1
-                else f"the only rank of {shape.name} ({grid})"
-            )
+            return f"all {own} ranks of {shape.name} ({grid})" if own > 1 else f"the only rank of {shape.name} ({grid})"
         if self.nranks < own:
             first = "rank 0" if self.nranks == 1 else f"the first {self.nranks}"
-            return (
-                f"{first} of the {own} ranks of {shape.name} ({grid}): a subset, the others' files are not"
-                " written"
-            )
-        return (
-            f"{self.nranks} ranks of {shape.name} instead of its own {own}, by more data parallelism ({grid})"
-        )
+            return f"{first} of the {own} ranks of {shape.name} ({grid}): a subset, the others' files are not written"
+        return f"{self.nranks} ranks of {shape.name} instead of its own {own}, by more data parallelism ({grid})"
 
     def _role(self, rank: int) -> tuple[int, bool]:
         if not 0 <= rank < self.nranks:
             last = self.nranks - 1
-            raise UsageError(
-                f"there is no rank {rank}; the layout of {self.shape.name} has ranks 0 to {last}"
-            )
+            raise UsageError(f"there is no rank {rank}; the layout of {self.shape.name} has ranks 0 to {last}")
         return rank // self.shape.tp % self.shape.pp, rank < self.shape.model_parallel
 
     def files(self, rank: int) -> list[ShardFile]:

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import struct
 import sys
 import time
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TransferSpeedColumn,
+)
 
 from mlstor.units import format_gb
 from mlstor.world import World
@@ -17,6 +26,15 @@ from mlstor.world import World
 _FIRST_LINE_S, _LAST_LINE_S = 1.0, 10.0
 _TELL_EVERY_S = 0.5
 _WORD = struct.Struct("<QQ")
+
+
+class _Output(Console):
+    def on_broken_pipe(self) -> None:
+        """Whoever read the output is gone (``| head``): the run goes on, records and tidies up."""
+        self.quiet = True
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())
+        os.close(null)
 
 
 class Live:
@@ -32,7 +50,7 @@ class Live:
         self._shown = shown and world.rank == 0
         self._tells = shown and world.size > 1 and world.rank != 0
         plain = world.launcher is not None or not sys.stdout.isatty()
-        self._console = Console(highlight=False, width=100 if plain else None, force_terminal=False if plain else None)
+        self._console = _Output(highlight=False, width=100 if plain else None, force_terminal=False if plain else None)
         self._progress: Progress | None = None
         self._task = TaskID(0)
         self._phase = 0
@@ -41,10 +59,10 @@ class Live:
         self._spoken_s = 0.0
         self._pause_s = _FIRST_LINE_S
 
-    def say(self, sentence: str) -> None:
-        """Print a sentence, on process 0."""
-        if self._world.rank == 0:
-            self._console.print(sentence, soft_wrap=True)
+    def say(self, sentence: str, *, any_process: bool = False) -> None:
+        """Print a sentence, on process 0 or on the one that calls."""
+        if any_process or self._world.rank == 0:
+            self._console.print(sentence, soft_wrap=True, markup=False)
 
     def begin(self, title: str, total_nbytes: int) -> None:
         """A phase begins that moves `total_nbytes` over all processes."""

@@ -27,6 +27,13 @@ _FORM = (
     "--checkpoint-folder PATH ..."
 )
 
+_HELP = f"""\
+usage: mlstor mlpstorage {_FORM}
+
+Take the command lines of MLPerf Storage's checkpointing, v2.0 and v3.0: datasize prints what would be written, run
+starts the processes as mlpstorage does and measures with the profile mlperf. `mlstor mlpstorage checkpointing run
+--help` lists the flags; docs/checkpoint-layout.md says what becomes of each."""
+
 # Accepted, and without effect here: flag -> why.
 _WITHOUT_EFFECT = {
     "--dlio-bin-path": "DLIO is not used",
@@ -158,10 +165,20 @@ def _words(argv: Sequence[str]) -> tuple[str | None, str, list[str]]:
     action = words[1] if len(words) > 1 else ""
     if action not in ("datasize", "run"):
         raise UsageError(
-            f"mlpstorage command line: checkpointing {action or '(nothing)'} is not translated; give "
-            "datasize or run"
+            f"mlpstorage command line: checkpointing {action or '(nothing)'} is not translated; give datasize or run"
         )
     return mode, action, words[2:]
+
+
+def main(argv: list[str]) -> int:
+    """Run ``mlstor mlpstorage``: translate the command line, say what has no effect, and carry it out."""
+    if argv[:1] in (["-h"], ["--help"]):
+        print(_HELP)
+        return 0
+    asked = translate(argv)
+    from mlstor.checkpoint.mlpstorage_run import carry_out
+
+    return carry_out(asked)
 
 
 def _boolean(key: str, value: str) -> bool:
@@ -210,9 +227,7 @@ def _apply_params(given: argparse.Namespace, notes: list[str]) -> None:
             case _:
                 refusal = "it has no counterpart here"
         if refusal and not given.allow_invalid_params:
-            raise UsageError(
-                f"--params {pair} is refused: {refusal}; leave it out, or add -aip to go on without it"
-            )
+            raise UsageError(f"--params {pair} is refused: {refusal}; leave it out, or add -aip to go on without it")
         if refusal:
             notes.append(f"--params {pair} has no effect: {refusal}")
 
@@ -221,14 +236,11 @@ def _check_closed(given: argparse.Namespace) -> None:
     """Rules of MLPerf's CLOSED division that a command line can break: 4.3.5, 4.6.1, 4.6.3, 4.7.1."""
     keys = {pair.partition("=")[0] for group in given.params or [] for pair in group}
     if other := sorted(keys - {"checkpoint.checkpoint_folder"}):
-        raise UsageError(
-            f"closed lets --params change checkpoint.checkpoint_folder alone, not {other[0]}; use open"
-        )
+        raise UsageError(f"closed lets --params change checkpoint.checkpoint_folder alone, not {other[0]}; use open")
     writes, reads = given.num_checkpoints_write, given.num_checkpoints_read
     if {writes, reads} - {0, 10} or writes == reads == 0:
         raise UsageError(
-            f"closed takes 10 or 0 checkpoints and not 0 of both, not {writes} written and {reads} read; "
-            "use open"
+            f"closed takes 10 or 0 checkpoints and not 0 of both, not {writes} written and {reads} read; use open"
         )
     own = MODELS[given.model].nranks
     if given.num_processes not in (own, _MPI_SUBSET):
@@ -244,15 +256,11 @@ def _check(given: argparse.Namespace, mode: str | None, environ: Mapping[str, st
         if value is not None and value < 1:
             raise UsageError(f"{flag} {value} is too low; give 1 or more")
     if given.exec_type == "docker":
-        raise UsageError(
-            "--exec-type docker is not supported; start the container yourself and leave the option out"
-        )
+        raise UsageError("--exec-type docker is not supported; start the container yourself and leave the option out")
     if given.config_file is not None:
         raise UsageError("--config-file is not read; put its settings on the command line")
     if mode and (given.closed or given.open or given.what_if):
-        raise UsageError(
-            f"--closed, --open and --what-if are v2.0's; this line starts with {mode}, so leave them out"
-        )
+        raise UsageError(f"--closed, --open and --what-if are v2.0's; this line starts with {mode}, so leave them out")
     used = {flag for flag in (*_WITHOUT_EFFECT, *_OPEN_ONLY) if _value(given, flag) is not None}
     if mode == "closed" and (refused := [flag for flag in _OPEN_ONLY if flag in used]):
         raise UsageError(f"{refused[0]} is for open and whatif; leave it out or start the line with open")
@@ -301,15 +309,12 @@ def translate(argv: Sequence[str], environ: Mapping[str, str] | None = None) -> 
     mode, action, rest = _words(argv)
     given, left = _parser(action).parse_known_args(rest)
     if mode is not None and left[:1] == ["object"]:
-        raise UsageError(
-            "mlpstorage's object protocol: object stores are not supported yet; give file and a directory"
-        )
+        raise UsageError("mlpstorage's object protocol: object stores are not supported yet; give file and a directory")
     if mode is not None and left[:1] == ["file"]:
         left = left[1:]
     if left:
         raise UsageError(
-            f"mlpstorage command line: {left[0]!r} is not an argument of checkpointing {action}; its form "
-            f"is {_FORM}"
+            f"mlpstorage command line: {left[0]!r} is not an argument of checkpointing {action}; its form is {_FORM}"
         )
     notes = _check(given, mode, environ)
     _apply_params(given, notes)

@@ -27,14 +27,10 @@ def spread_hosts(arguments: Sequence[str], nprocs: int) -> list[tuple[str, int]]
         each, rest = divmod(nprocs, len(words))
         return [(name, each + (i < rest)) for i, name in enumerate(names)]
     if not all(slot.isdecimal() and int(slot) > 0 for slot in slots):
-        raise UsageError(
-            f"--hosts {' '.join(words)}: give every host its slots, as h1:8 h2:8, or none of them"
-        )
+        raise UsageError(f"--hosts {' '.join(words)}: give every host its slots, as h1:8 h2:8, or none of them")
     total = sum(map(int, slots))
     if total < nprocs:
-        raise UsageError(
-            f"--hosts has {total} slots for {nprocs} processes; raise the slots or lower --num-processes"
-        )
+        raise UsageError(f"--hosts has {total} slots for {nprocs} processes; raise the slots or lower --num-processes")
     return list(zip(names, map(int, slots), strict=True))
 
 

@@ -225,9 +225,7 @@ class FlatShards(Shape):
         return self.nlayers * (12 * h * h + 13 * h) + 2 * h + self.EMBEDDING_ROWS * h
 
     def role_files(self, dp: int, stage: int, first_replica: bool) -> tuple[FileRule, ...]:
-        shard = -(
-            -self.nparameters // (self.model_parallel * dp)
-        )  # FSDP pads the flat vector to equal shards
+        shard = -(-self.nparameters // (self.model_parallel * dp))  # FSDP pads the flat vector to equal shards
         tensors = tuple(Tensor(shard, itemsize) for itemsize in self.itemsizes)
         return (FileRule("checkpoint_last-model_part-{m}-shard{d}.pt", tensors),)
 

@@ -110,7 +110,11 @@ def parser() -> argparse.ArgumentParser:
     )
     how.add_argument("--direct", choices=("auto", "require", "off"), help="O_DIRECT (auto; mlperf off)")
     how.add_argument(
-        "--block", dest="block_bytes", type=_said(parse_size), metavar="SIZE", help="of one transfer (1MiB, or what the file system prefers)"
+        "--block",
+        dest="block_bytes",
+        type=_said(parse_size),
+        metavar="SIZE",
+        help="of one transfer (1MiB, or what the file system prefers)",
     )
     how.add_argument("--depth", type=int, metavar="N", help="transfers in flight per worker (up to 8)")
     how.add_argument("--workers", type=int, metavar="N", help="worker threads per process (automatic)")

@@ -185,6 +185,6 @@ def paths_taken(results: Sequence[Result]) -> list[report.PathTaken]:
         )
         way.nbytes += result.nbytes
         files.setdefault(key, set()).add(result.path)
-    for key, way in ways.items():
-        way.nfiles = len(files[key])
+    for taken, way in ways.items():
+        way.nfiles = len(files[taken])
     return list(ways.values())

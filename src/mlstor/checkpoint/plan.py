@@ -84,8 +84,7 @@ class Plan:
                 raise UsageError(f"{option} {value} is too low; give {least} or more")
         if self.nprocs is not None and self.nprocs < self.nhosts:
             raise UsageError(
-                f"{self.nprocs} processes can't run on {self.nhosts} hosts; give at most --hosts "
-                f"{self.nprocs}"
+                f"{self.nprocs} processes can't run on {self.nhosts} hosts; give at most --hosts {self.nprocs}"
             )
         if not self.ranks:
             raise UsageError("no rank takes part; name at least one with --only-ranks")
@@ -141,9 +140,7 @@ class Plan:
             nbytes = sum(self.layout.rank_nbytes(rank) for rank in ranks)
             capacity = self.kept_checkpoints * nbytes
             memory = nprocs * self.staging_nbytes
-            shares.append(
-                HostShare(host, ranks, nprocs, nfiles, nbytes, capacity, self._ninodes(nfiles), memory)
-            )
+            shares.append(HostShare(host, ranks, nprocs, nfiles, nbytes, capacity, self._ninodes(nfiles), memory))
         return shares
 
 
@@ -185,8 +182,7 @@ def plan_json(plan: Plan) -> str:
         "inodes": plan.ninodes,
         "memory_bytes_per_process": plan.staging_nbytes,
         "per_rank": [
-            {"rank": rank, "files": layout.rank_nfiles(rank), "bytes": layout.rank_nbytes(rank)}
-            for rank in plan.ranks
+            {"rank": rank, "files": layout.rank_nfiles(rank), "bytes": layout.rank_nbytes(rank)} for rank in plan.ranks
         ],
         "per_host": [
             {
@@ -222,9 +218,7 @@ def print_plan(plan: Plan, console: Console) -> None:
     layout, shape = plan.layout, plan.layout.shape
     parameters = f"{shape.nparameters:,} parameters, " if shape.nparameters else ""
     scale = f", every tensor x {layout.scale}" if layout.scale != 1 else ""
-    console.print(
-        f"[bold]{shape.name}[/bold]: {parameters}ZeRO stage {shape.zero_stage}{scale}", highlight=False
-    )
+    console.print(f"[bold]{shape.name}[/bold]: {parameters}ZeRO stage {shape.zero_stage}{scale}", highlight=False)
     console.print(f"Ranks: {layout.meaning}", highlight=False)
     if len(plan.ranks) < layout.nranks:
         console.print(f"Only rank {span(plan.ranks)} of these takes part", highlight=False)
@@ -271,9 +265,7 @@ def print_plan(plan: Plan, console: Console) -> None:
     console.print(table)
 
     memory = f"; {format_gib(plan.staging_nbytes)} of memory per process" if plan.staging_nbytes else ""
-    console.print(
-        f"One checkpoint: {_counted(plan.nfiles, 'file')}, {format_both(plan.total_nbytes)}", highlight=False
-    )
+    console.print(f"One checkpoint: {_counted(plan.nfiles, 'file')}, {format_both(plan.total_nbytes)}", highlight=False)
     console.print(
         f"Needed for {_counted(plan.kept_checkpoints, 'checkpoint')}: "
         f"{format_both(plan.capacity_nbytes)} of room, "

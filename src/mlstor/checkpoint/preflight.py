@@ -135,9 +135,7 @@ def check(
     by_device: dict[int, list[Need]] = {}
     for need in needs:
         by_device.setdefault(os.stat(need.path).st_dev, []).append(need)
-    rooms = tuple(
-        _room(group, left, memory_need_bytes, ephemeral_limit_bytes) for group in by_device.values()
-    )
+    rooms = tuple(_room(group, left, memory_need_bytes, ephemeral_limit_bytes) for group in by_device.values())
     for room in rooms if write else ():
         _refuse_if_small(room, host.hostname)
     return Preflight(rooms, memory_need_bytes, None if left is None else left[0])
@@ -164,9 +162,7 @@ def _room(
         device=device,
         is_memory=mount is not None and _is_memory(mount, device),
         free_bytes=free_bytes,
-        free_inodes=shown.f_favail
-        if shown.f_files
-        else None,  # btrfs and some network file systems say 0 of 0
+        free_inodes=shown.f_favail if shown.f_files else None,  # btrfs and some network file systems say 0 of 0
         room_bytes=room_bytes,
         bound=bound,
         need_bytes=sum(need.nbytes + need.files * shown.f_frsize for need in needs),
@@ -207,9 +203,7 @@ def _is_memory(mount: Mount, device: Device | None) -> bool:
     if mount.fs_type in _MEMORY_FS_TYPES:
         return True
     below = device.backing_file if device is not None else mount.option("upperdir")
-    under = (
-        mount_of(below) if below is not None and os.path.exists(below) else None
-    )  # may lie outside this container
+    under = mount_of(below) if below is not None and os.path.exists(below) else None  # may lie outside this container
     return under is not None and under.fs_type in _MEMORY_FS_TYPES
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -16,16 +18,18 @@ from mlstor.checkpoint import describe, honesty, rundir
 from mlstor.checkpoint.live import Live
 from mlstor.checkpoint.options import Options
 from mlstor.checkpoint.phase import Chain, run_phase
-from mlstor.checkpoint.profiles import Job, make_directory
+from mlstor.checkpoint.profiles import Job
 from mlstor.checkpoint.session import Session
+from mlstor.errors import MlstorError
 from mlstor.host import binding_warning
 from mlstor.launch import detect
 from mlstor.operations import Step
 from mlstor.results import figures, journal
 from mlstor.results.merge import merge_phase
+from mlstor.results.notes import damage_text, plural
 from mlstor.results.phase import Phase, PhaseReport, Progress
 from mlstor.results.record import Record, RunError
-from mlstor.signals import Interrupted, Interrupts
+from mlstor.signals import Interrupts
 from mlstor.world import World, connect
 
 if TYPE_CHECKING:
@@ -62,29 +66,24 @@ class Runner:
         self.host_cores: list[int] = []
         self._engines: dict[str, Engine] = {}
         self._progress: Progress | None = None
+        self._recorded = False
         self._journal = self._open_journal()
 
     def execute(self) -> int:
         """All phases, then the record, then the tidying up."""
-        damaged = 0
         try:
             for number, (op, checkpoint) in enumerate(self._phases()):
-                phase = self._phase(number, op, checkpoint)
-                damaged += phase.verification.damaged_blocks if phase else 0
+                self._phase(number, op, checkpoint)
                 if op == "write":
                     self._note_complete(checkpoint)
+            while self._engines:
+                self._engines.popitem()[1].close()
+            self._finish()
+            self._tidy()
         except BaseException as error:
             self._last_words(error)
             raise
-        for engine in self._engines.values():
-            engine.close()
-        self._tidy()
-        if self.header is not None:
-            self._finish(self.header)
-        self.world.barrier("record")
-        self._journal.discard()
-        damaged = int(self.world.bcast(str(damaged).encode()))
-        return 3 if damaged else 0
+        return self._verdict()
 
     def _phases(self) -> Iterator[tuple[Op, int]]:
         for checkpoint in range(1, (self.session.options.writes or 0) + 1):
@@ -99,8 +98,7 @@ class Runner:
         session, world = self.session, self.world
         if world.rank == 0:
             for left in journal.find_unfinished(session.settings.results_dir):
-                journal.seal(left, journal.recover(left))
-                self.live.say(f"run {left.name} had ended without a record: one was made of its journals, marked partial")
+                self._recover(left)
         reports = self._describe_hosts()
         if reports is not None:
             self.host_cores = [report.cores for report in reports]
@@ -109,6 +107,18 @@ class Runner:
         opened = session.agreed(lambda: journal.Journal(self.run_dir, world.rank, self.header, self.host_cores))
         self._stack.callback(opened.close)
         return opened
+
+    def _recover(self, left: Path) -> None:
+        """Make the record of a former run that was killed."""
+        try:
+            recovered = journal.recover(left)
+            journal.seal(left, recovered)
+        except (MlstorError, OSError) as error:  # no reason not to run this one
+            self.live.say(f"warning: run {left.name} ended without a record, and none could be made: {error}")
+            return
+        self.live.say(
+            f"note: run {left.name} had ended without a record; one was made of its journals, marked {recovered.status}"
+        )
 
     def _describe_hosts(self) -> list[describe.HostReport] | None:
         """One report per host, at process 0."""
@@ -142,16 +152,15 @@ class Runner:
         results = Path(session.settings.results_dir).absolute()
         if any(_same_device(results, target.path) for report in reports for target in report.targets):
             self.live.say(f"note: the results go to {results}, on the file system that is being measured")
-        self.live.say(f"run {session.run_id}: {session.layout.meaning}; {describe.memory_rule(session, list(reports))[1]}")
+        self.live.say(f"run {session.run_id}: {session.layout.meaning}")
+        self.live.say(describe.memory_rule(session, list(reports))[1])
 
     # -- a phase --
 
     def _engine(self, op: Op) -> Engine:
         """The engine for a phase; one for both kinds where the profile wants the same."""
         session = self.session
-        wanted = session.profile.engine_settings(
-            session.settings, op, len(session.my_ranks), session.largest_nbytes
-        )
+        wanted = session.profile.engine_settings(session.settings, op, len(session.my_ranks), session.largest_nbytes)
         for other, engine in list(self._engines.items()):
             if engine.settings == wanted:
                 return engine
@@ -174,8 +183,8 @@ class Runner:
             chains.append(Chain(rank, len(files), make(jobs, session.direct)))
         return chains
 
-    def _phase(self, number: int, op: Op, checkpoint: int) -> Phase | None:
-        """One phase; merged, at process 0."""
+    def _phase(self, number: int, op: Op, checkpoint: int) -> None:
+        """One phase, from its pause to its figures at process 0."""
         session, world = self.session, self.world
         if session.pause_s:
             time.sleep(session.pause_s)
@@ -192,6 +201,7 @@ class Runner:
             ranks=[],
         )
         total = sum(session.layout.rank_nbytes(rank) for rank in session.ranks)
+        self._begun(report)
         world.barrier(f"{op} {checkpoint}")
         self.live.begin(f"{op} {checkpoint}", total)
         run_phase(
@@ -210,33 +220,30 @@ class Runner:
         self._progress = None
         gathered = world.gather(report.encode())
         if gathered is None:
-            return None
+            return
         phase = merge_phase(
             [PhaseReport.decode(text) for text in gathered], host_cores=self.host_cores, processes=world.size
         )
         self.phases.append(phase)
         self.live.end(_sentence(phase))
-        return phase
 
     def _make_directories(self, op: Op, checkpoint: int) -> None:
         if op != "write":
             return
-        durable = bool(self.session.profile.steps & Step.FSYNC_DIR)
-        for directory in sorted({self.session.checkpoint_dir(rank, checkpoint) for rank in self.session.my_ranks}):
-            make_directory(directory, durable)
+        session = self.session
+        durable = bool(session.profile.steps & Step.FSYNC_DIR)
+        for target in sorted({session.target_of(rank) for rank in session.my_ranks}):
+            rundir.make_checkpoint_dir(target, session.run_id, session.layout.shape.name, checkpoint, durable)
+
+    def _begun(self, report: PhaseReport) -> None:
+        """Journal that this process is about to enter a phase, so that a killed run's record has it."""
+        self._progress = _progress(report, 0, 0)
+        self._progress.barrier_unix_ns = time.time_ns()
+        self._journal.progress(self._progress, now=True)
 
     def _tick(self, report: PhaseReport, elapsed_ns: int, nbytes: int) -> None:
         self.live.update(elapsed_ns, nbytes)
-        self._progress = Progress(
-            number=report.number,
-            op=report.op,
-            checkpoint=report.checkpoint,
-            process=report.process,
-            host=report.host,
-            barrier_unix_ns=report.barrier_unix_ns,
-            elapsed_ns=elapsed_ns,
-            nbytes=nbytes,
-        )
+        self._progress = _progress(report, elapsed_ns, nbytes)
         self._journal.progress(self._progress)
 
     # -- after --
@@ -248,60 +255,103 @@ class Runner:
         for target in session.claims:
             rundir.save(target, session.manifest)
 
-    def _tidy(self) -> None:
-        """Remove the run's own checkpoints but those that are to be kept."""
-        session = self.session
-        keep = session.options.keep_count
-        self.world.barrier("tidying up")  # nobody still reads
-        if keep is None or not session.options.writes:
-            return
-        last = max(0, session.manifest.written - keep)
-        for target in session.claims if last else []:
-            _, foreign = rundir.remove(session.manifest, target, None if keep == 0 else last)
-            for directory in foreign:
-                self.live.say(f"{directory} stays: it holds something that this run did not write")
-
-    def _finish(self, header: Record) -> None:
+    def _finish(self) -> None:
+        """The record, at process 0; then nobody needs the journals."""
         from mlstor.results.table import print_record
 
-        header.status = "complete"
-        header.phases = self.phases
-        header.end_unix_ns = time.time_ns()
-        path = journal.seal(self.run_dir, header)
-        self.live.say("")
-        print_record(header, self.live.console)
-        self.live.say(f"record: {path}")
+        header = self.header
+        if header is not None:
+            header.status = "complete"
+            header.phases = self.phases
+            header.end_unix_ns = time.time_ns()
+            path = journal.seal(self.run_dir, header)
+            self.live.say("")
+            print_record(header, self.live.console)
+            self.live.say(f"record: {path}")
+        self.world.barrier("record")
+        self._journal.discard()
+        self._recorded = True
+
+    def _tidy(self) -> None:
+        """Remove the run's own checkpoints but those that are to be kept; nobody reads any more."""
+        session = self.session
+        writes, keep = session.options.writes or 0, session.options.keep_count
+        if not writes:
+            return
+        kept = range(1 if keep is None else max(1, writes - keep + 1), writes + 1)
+        foreign: list[str] = []
+        for target in session.claims if keep is not None else []:
+            if not kept:
+                foreign += rundir.remove(session.manifest, target)[1]
+                continue
+            for checkpoint in set(range(1, session.manifest.written + 1)).difference(kept):
+                foreign += rundir.remove_checkpoint(session.manifest, target, checkpoint)[1]
+            rundir.save(target, replace(session.manifest, complete=tuple(kept)))
+        for path in foreign:
+            self.live.say(f"{path} stays: the run did not write it", any_process=True)
+        if kept:
+            self.live.say(
+                f"kept: {plural(len(kept), 'checkpoint')} of run {session.run_id}; {self._clean} removes what is kept"
+            )
+
+    @property
+    def _clean(self) -> str:
+        return f"`{shlex.join(['mlstor', 'clean', self.session.run_id, *self.session.options.paths])}`"
+
+    def _verdict(self) -> int:
+        """The exit code: 3 on every process if damage was found, and then a sentence on standard error."""
+        damaged = sum(phase.verification.damaged_blocks for phase in self.phases)
+        if damaged:
+            first = next(one for phase in self.phases for one in phase.verification.damage)
+            sys.stderr.write(
+                f"mlstor: {plural(damaged, 'damaged block')} of 4 KiB: {first.file}: {damage_text(first)}"
+                f"{'; the record lists further ones' if damaged > 1 else ''}\n"
+            )
+        return 3 if int(self.world.bcast(str(damaged).encode())) else 0
 
     def _last_words(self, error: BaseException) -> None:
         """The run ends here: journal what this process has, and where it can be done make a record of all journals."""
         for engine in self._engines.values():
             engine.cancel()
-        under_way = self._progress
-        interrupted = isinstance(error, KeyboardInterrupt)
-        if under_way is not None:
-            self._journal.progress(under_way, now=True)
-        if not interrupted:
-            self._journal.failed(
-                RunError(
-                    rank=self.world.rank,
-                    host=self.world.hostname,
-                    message=str(error) or type(error).__name__,
-                    file=getattr(error, "filename", None),
-                    offset=getattr(error, "offset", None),
-                )
-            )
-        if interrupted and self.world.rank != 0:
+        left = f"; {self._clean} removes its files" if self.session.options.writes else ""
+        if self._recorded:
+            self.live.say(f"stopped while tidying up{left}")
             return
-        if interrupted and self.world.size > 1:
+        interrupted = isinstance(error, KeyboardInterrupt)
+        if self._progress is not None:
+            self._journal.progress(self._progress, now=True)
+        if not interrupted:
+            self._journal.failed(self._error(error))
+        elif self.world.rank != 0:
+            return
+        elif self.world.size > 1:
             time.sleep(_LAST_WORDS_S)
-        self._journal.close()
-        path = journal.seal(self.run_dir, journal.recover(self.run_dir))
-        written = f"; `mlstor clean {self.session.run_id} PATH` removes its files" if self.session.options.writes else ""
-        self._say_partial(path, written, isinstance(error, Interrupted))
+        sealed = journal.seal_early(self.run_dir)
+        if sealed is not None:
+            path, record = sealed
+            self.live.say(f"record, {record.status}: {path}{left}", any_process=True)
 
-    def _say_partial(self, path: Path, written: str, interrupted: bool) -> None:
-        word = "partial" if interrupted else "partial or failed"
-        print(f"record, {word}: {path}{written}", flush=True)
+    def _error(self, error: BaseException) -> RunError:
+        return RunError(
+            rank=self.world.rank,
+            host=self.world.hostname,
+            message=str(error) or type(error).__name__,
+            file=getattr(error, "filename", None),
+            offset=getattr(error, "offset", None),
+        )
+
+
+def _progress(report: PhaseReport, elapsed_ns: int, nbytes: int) -> Progress:
+    return Progress(
+        number=report.number,
+        op=report.op,
+        checkpoint=report.checkpoint,
+        process=report.process,
+        host=report.host,
+        barrier_unix_ns=report.barrier_unix_ns,
+        elapsed_ns=elapsed_ns,
+        nbytes=nbytes,
+    )
 
 
 def _same_device(results: Path, target: str) -> bool:
@@ -313,5 +363,6 @@ def _sentence(phase: Phase) -> str:
     duration_ns = max(phase.ranks.end_ns, default=0)
     rate = figures.rate(phase.nbytes, duration_ns) or 0
     damage = phase.verification.damaged_blocks
-    found = f"; {damage} DAMAGED BLOCKS" if damage else ""
-    return f"{phase.op} {phase.checkpoint}: {phase.nbytes / 1e9:.2f} GB in {duration_ns / 1e9:.2f} s, {rate:.2f} GB/s{found}"
+    found = f"; {plural(damage, 'block')} of 4 KiB DAMAGED" if damage else ""
+    done = f"{phase.nbytes / 1e9:.2f} GB in {duration_ns / 1e9:.2f} s, {rate:.2f} GB/s"
+    return f"{phase.op} {phase.checkpoint}: {done}{found}"

@@ -5,21 +5,21 @@ The manifest is the claim: nothing is written over or deleted that a manifest of
 
 from __future__ import annotations
 
-import json
+import errno
 import os
 import secrets
-from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import Any
 
 from mlstor.checkpoint.layout import Layout, step_dir
+from mlstor.checkpoint.models import Transformer
 from mlstor.errors import UsageError
 from mlstor.operations import is_leftover
 
 MANIFEST = "manifest.json"
 FORMAT = "mlstor-checkpoint/1"
+_PARTIAL = ".partial"  # end of a manifest's name until it is whole
 
 
 @dataclass(frozen=True)
@@ -30,43 +30,39 @@ class Manifest:
     ----------
     run_key : int
         64 random bits, stamped into the data: two runs never share one, not even of the same id.
-    workload : str or None
-        The workload file's absolute path, in place of a built-in model.
+    shape : Transformer or None
+        What the workload file described, in place of a built-in model: it may be gone when the run is removed.
     written : int
         Checkpoints begun, which may lie there in part.
     complete : tuple of int
-        Checkpoints that all ranks have made durable.
+        Checkpoints that all ranks have made durable and that are still there.
     targets : tuple of str
         PATH as the user gave it, with its fields unresolved.
     """
 
+    format: str
     run_id: str
     run_key: int
     model: str
-    workload: str | None
+    shape: Transformer | None
     ranks: int
     scale: str
     compressibility: int
     only_ranks: tuple[int, ...] | None
     targets: tuple[str, ...]
     written: int = 0
-    complete: tuple[int, ...] = field(default=())
+    complete: tuple[int, ...] = ()
 
     def same_files(self, other: Manifest) -> bool:
         """Whether both name the same files with the same sizes."""
-        return (self.model, self.workload, self.ranks, self.scale) == (
-            other.model,
-            other.workload,
-            other.ranks,
-            other.scale,
-        )
+        mine, theirs = ((one.model, one.shape, one.ranks, one.scale) for one in (self, other))
+        return mine == theirs
 
     def layout(self) -> Layout:
         """The layout that the run's files have."""
         from mlstor.checkpoint import models
-        from mlstor.checkpoint.workload_file import from_workload_yaml
 
-        shape = models.get(self.model) if self.workload is None else from_workload_yaml(self.workload)
+        shape = models.get(self.model) if self.shape is None else self.shape
         return Layout(shape, self.ranks, None, Fraction(self.scale))
 
 
@@ -93,43 +89,83 @@ def load(target: str, run_id: str) -> Manifest | None:
     UsageError
         If there is something else under that name, or a manifest that this version does not read.
     """
+    import msgspec
+
     directory = os.path.join(target, run_id)
     path = os.path.join(directory, MANIFEST)
     try:
-        with open(path, encoding="utf-8") as file:
-            content: dict[str, Any] = json.load(file)
+        with open(path, "rb") as file:
+            manifest = msgspec.json.decode(file.read(), type=Manifest)
     except FileNotFoundError:
-        if os.path.exists(directory) and os.listdir(directory):
+        if any(not _is_partial(name) for name in _names(directory)):
             raise UsageError(
                 f"{directory} exists and holds no {MANIFEST} of mlstor: nothing in it is touched; "
                 "choose another --run-id"
             ) from None
         return None
-    except (ValueError, OSError) as error:
+    except (msgspec.DecodeError, OSError) as error:
         raise UsageError(f"{path} can't be read as a manifest of mlstor: {error}") from None
-    if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
-        raise UsageError(f"{path} is not a manifest that this version reads ({FORMAT}); choose another --run-id")
-    for name in ("only_ranks", "targets", "complete"):
-        content[name] = None if content[name] is None else tuple(content[name])
-    return Manifest(**content)
+    if manifest.format != FORMAT or manifest.run_id != run_id:
+        raise UsageError(f"{path} is not a manifest of run {run_id} in a format that this version reads ({FORMAT})")
+    return manifest
 
 
 def save(target: str, manifest: Manifest) -> None:
     """Put the manifest under `target`, durably and whole."""
+    import msgspec
+
     directory = os.path.join(target, manifest.run_id)
-    os.makedirs(directory, exist_ok=True)
+    new = not os.path.isdir(directory)
+    with suppress(FileExistsError):
+        os.mkdir(directory)
     path = os.path.join(directory, MANIFEST)
-    partial = f"{path}.{os.getpid()}.partial"
-    with open(partial, "w", encoding="utf-8") as file:
-        json.dump({"format": FORMAT, **asdict(manifest)}, file, indent=1)
+    partial = f"{path}.{os.getpid()}{_PARTIAL}"
+    with open(partial, "wb") as file:
+        file.write(msgspec.json.format(msgspec.json.encode(manifest), indent=1) + b"\n")
         file.flush()
         os.fsync(file.fileno())
     os.rename(partial, path)
+    _sync(directory)
+    if new:
+        _sync(target)
+
+
+def make_checkpoint_dir(target: str, run_id: str, model: str, checkpoint: int, durable: bool) -> None:
+    """Make a checkpoint's directory in a run's own, if no other process was faster; with `durable`, sync its parents.
+
+    Raises
+    ------
+    FileNotFoundError
+        If the run's directory has vanished: a target that was unmounted must not be made anew below its mount point.
+    """
+    for directory in (
+        model_dir(target, run_id, model),
+        checkpoint_dir(target, run_id, model, checkpoint),
+    ):
+        with suppress(FileExistsError):
+            os.mkdir(directory)
+            if durable:
+                _sync(os.path.dirname(directory))
+
+
+def _sync(directory: str) -> None:
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def _is_partial(name: str) -> bool:
+    """Whether it is what a process leaves that is killed while it saves a manifest."""
+    return name.startswith(MANIFEST) and name.endswith(_PARTIAL)
+
+
+def _names(directory: str) -> list[str]:
+    try:
+        return sorted(os.listdir(directory))
+    except FileNotFoundError:
+        return []
 
 
 def claim(target: str, manifest: Manifest) -> Manifest:
@@ -156,50 +192,53 @@ def claim(target: str, manifest: Manifest) -> Manifest:
     return claimed
 
 
-def own_files(manifest: Manifest, target: str, first: int = 1, last: int | None = None) -> Iterator[str]:
-    """Paths that the run may have written under `target`, of checkpoints `first` to `last` (default: all)."""
-    layout = manifest.layout()
-    names = [file.name for file in layout.all_files()]
-    for checkpoint in range(first, (manifest.written if last is None else last) + 1):
-        directory = checkpoint_dir(target, manifest.run_id, manifest.model, checkpoint)
-        for name in names:
-            yield os.path.join(directory, name)
-
-
-def remove(manifest: Manifest, target: str, last: int | None = None) -> tuple[int, list[str]]:
-    """Remove the run's own files under `target`, of checkpoints 1 to `last` (default: all, and the manifest).
+def remove_checkpoint(manifest: Manifest, target: str, checkpoint: int) -> tuple[int, list[str]]:
+    """Remove the run's own files of one checkpoint under `target`, with what killed writes have left.
 
     Returns
     -------
     tuple
-        How many files were removed, and the directories that stay because they hold something else.
+        How many files were removed, and paths of what lies there too and is not the run's.
     """
-    removed, kept = 0, []
-    for path in own_files(manifest, target, last=last):
-        with suppress(FileNotFoundError):
-            os.unlink(path)
-            removed += 1
-    directories = [
-        checkpoint_dir(target, manifest.run_id, manifest.model, checkpoint)
-        for checkpoint in range(1, (manifest.written if last is None else last) + 1)
+    directory = checkpoint_dir(target, manifest.run_id, manifest.model, checkpoint)
+    present = _names(directory)
+    own = {file.name for file in manifest.layout().all_files()} if present else set()
+    removed = 0
+    for name in present:
+        if name in own or is_leftover(name):
+            with suppress(FileNotFoundError):
+                os.unlink(os.path.join(directory, name))
+                removed += 1
+    return removed, _remove_directory(directory)
+
+
+def remove(manifest: Manifest, target: str) -> tuple[int, list[str]]:
+    """Remove all of the run's own files under `target`, the manifest last; returns as `remove_checkpoint`."""
+    removed, foreign = 0, []
+    for checkpoint in range(1, manifest.written + 1):
+        count, others = remove_checkpoint(manifest, target, checkpoint)
+        removed += count
+        foreign += others
+    run_dir = os.path.join(target, manifest.run_id)
+    kept = {os.path.dirname(path) for path in foreign}
+    foreign += [
+        path for path in _remove_directory(model_dir(target, manifest.run_id, manifest.model)) if path not in kept
     ]
-    for directory in directories:
-        with suppress(FileNotFoundError):
-            for name in os.listdir(directory):
-                if is_leftover(name):
-                    os.unlink(os.path.join(directory, name))
-                    removed += 1
-    if last is None or last >= manifest.written:
-        run_dir = os.path.join(target, manifest.run_id)
-        directories.append(model_dir(target, manifest.run_id, manifest.model))
-        with suppress(FileNotFoundError):
-            os.unlink(os.path.join(run_dir, MANIFEST))
-        directories.append(run_dir)
-    for directory in directories:
-        try:
-            os.rmdir(directory)
-        except FileNotFoundError:
-            continue
-        except OSError:
-            kept.append(directory)
-    return removed, kept
+    for name in _names(run_dir):
+        if name == MANIFEST or _is_partial(name):
+            os.unlink(os.path.join(run_dir, name))
+    kept |= {os.path.dirname(path) for path in foreign}
+    return removed, foreign + [path for path in _remove_directory(run_dir) if path not in kept]
+
+
+def _remove_directory(directory: str) -> list[str]:
+    """Remove a directory if it is empty; else the paths of what is in it."""
+    try:
+        os.rmdir(directory)
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        return [os.path.join(directory, name) for name in _names(directory)]
+    return []

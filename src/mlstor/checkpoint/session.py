@@ -5,10 +5,12 @@ Each step that can fail for a user's mistake ends with `World.agree`, so that a 
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property
 from typing import TypeVar
 
@@ -16,6 +18,7 @@ from mlstor.checkpoint import preflight, rundir, targets
 from mlstor.checkpoint.cli import layout_of
 from mlstor.checkpoint.deal import deal, parse_ranks
 from mlstor.checkpoint.layout import ShardFile
+from mlstor.checkpoint.models import Transformer
 from mlstor.checkpoint.options import Options
 from mlstor.checkpoint.profiles import PROFILES
 from mlstor.errors import MlstorError, UsageError
@@ -54,7 +57,7 @@ class Session:
                 backend=options.backend,
                 direct=options.direct,
                 results_dir=options.results_dir,
-            )
+            ).for_target(options.paths[0])
         )
         self.layout = self.agreed(lambda: layout_of(options, world.size))
         self.only = self.agreed(
@@ -68,9 +71,10 @@ class Session:
         self.direct = options.direct or self.profile.direct or self.settings.direct
         self.run_id = options.run_id or self._together(_new_run_id)
         self.host: Host = describe()
+        self.agreed(self._check_results_dir)
         self.sharing = targets.discover(
             world,
-            sorted({self.target_of(rank) for rank in self.my_ranks}) or self._idle_target(),
+            self.agreed(lambda: sorted({self.target_of(rank) for rank in self.my_ranks}) or self._idle_target()),
             self.run_id,
             asserted=options.sharing,
             read_only=not options.writes,
@@ -96,18 +100,30 @@ class Session:
         """What process 0 makes, on every process."""
         return self.world.bcast(make().encode() if self.world.rank == 0 else b"").decode()
 
+    def _check_results_dir(self) -> None:
+        if self.world.local_rank != 0:
+            return
+        directory = self.settings.results_dir
+        try:
+            os.makedirs(directory, exist_ok=True)
+        except OSError as error:
+            raise UsageError(
+                f"the results directory {directory} can't be made: {error.strerror}; name another with --results"
+            ) from None
+        targets.check_directory(directory)
+
     # -- where files lie --
 
     @cached_property
     def _place(self) -> dict[int, tuple[int, int]]:
         """For each logical rank its process, and its place among the logical ranks of that process's host."""
+        process_of = {rank: process for process, ranks in enumerate(self.dealt) for rank in ranks}
         count: dict[int, int] = {}
         place: dict[int, tuple[int, int]] = {}
-        for process, ranks in enumerate(self.dealt):
-            host = self.world.host_of_rank[process]
-            for rank in ranks:
-                place[rank] = (process, count.get(host, 0))
-                count[host] = count.get(host, 0) + 1
+        for rank in self.ranks:  # in this order, so that another number of processes finds the same places
+            host = self.world.host_of_rank[process_of[rank]]
+            place[rank] = (process_of[rank], count.get(host, 0))
+            count[host] = count.get(host, 0) + 1
         return place
 
     def target_of(self, rank: int) -> str:
@@ -120,9 +136,7 @@ class Session:
         """The target of a process without ranks: that of its place, so that its host looks for tokens too."""
         world = self.world
         return [
-            targets.resolve(
-                self.options.paths, rank=world.rank, local_rank=world.local_rank, hostname=world.hostname
-            )
+            targets.resolve(self.options.paths, rank=world.rank, local_rank=world.local_rank, hostname=world.hostname)
         ]
 
     def source_rank(self, rank: int) -> int:
@@ -189,7 +203,8 @@ class Session:
         writes = self.options.writes or 0
         # beside the files: a directory per checkpoint, the run's and the model's, and the manifest
         return [
-            preflight.Need(path, writes * nbytes[path], writes * (nfiles[path] + 1) + 3 if writes else 0) for path in mine
+            preflight.Need(path, writes * nbytes[path], writes * (nfiles[path] + 1) + 3 if writes else 0)
+            for path in mine
         ]
 
     # -- whose files these are --
@@ -207,12 +222,13 @@ class Session:
 
     def _claim(self) -> rundir.Manifest:
         key = int(self._together(lambda: str(rundir.new_key())))
-        options = self.options
+        options, shape = self.options, self.layout.shape
         wanted = rundir.Manifest(
+            format=rundir.FORMAT,
             run_id=self.run_id,
             run_key=key,
-            model=self.layout.shape.name,
-            workload=None if options.workload is None else os.path.abspath(options.workload),
+            model=shape.name,
+            shape=shape if options.workload is not None and isinstance(shape, Transformer) else None,
             ranks=self.layout.nranks,
             scale=str(self.layout.scale),
             compressibility=options.compressibility,
@@ -229,30 +245,54 @@ class Session:
 
     def _find(self) -> rundir.Manifest:
         """The manifest of the run to be read, and all of this process's files, or a sentence on what is missing."""
+        sources = [self.target_of(self.source_rank(rank)) for rank in self.my_ranks]
+        paths = sorted(set(sources)) or self._idle_target()
+        manifests = self.agreed(lambda: [self._load(path) for path in paths])
+        # Each target holds a manifest of its own; a run that ended badly may have left them unlike.
+        keys, complete = {found.run_key for found in manifests}, {found.complete for found in manifests}
+        said = self.world.allgather(json.dumps([sorted(keys), sorted(complete)]).encode())
+        for text in said:
+            theirs = json.loads(text)
+            keys |= set(theirs[0])
+            complete |= {tuple(numbers) for numbers in theirs[1]}
+        common = sorted(set.intersection(*map(set, complete)))
 
         def find() -> rundir.Manifest:
-            paths = sorted({self.target_of(self.source_rank(rank)) for rank in self.my_ranks}) or self._idle_target()
-            found = [(path, rundir.load(path, self.run_id)) for path in paths]
-            for path, manifest in found:
-                if manifest is None:
-                    raise UsageError(
-                        f"{self.world.hostname} has no run {self.run_id} in {path}: name the --run-id and PATH of a "
-                        "run that was written with --reads 0 or --keep, on these hosts"
-                    )
-                if not manifest.complete:
-                    raise UsageError(f"run {self.run_id} in {path} has no complete checkpoint: it was interrupted; write it again")
-                asked = (self.layout.shape.name, self.layout.nranks, str(self.layout.scale))
-                if asked != (manifest.model, manifest.ranks, manifest.scale):
-                    raise UsageError(
-                        f"run {self.run_id} in {path} was written with --model {manifest.model} --ranks {manifest.ranks} "
-                        f"--scale {manifest.scale}: say the same to read it"
-                    )
-            manifest = found[0][1]
-            assert manifest is not None
+            if len(keys) > 1 or not common:
+                raise UsageError(
+                    f"run {self.run_id} has no checkpoint that is complete in all of {', '.join(self.options.paths)}: "
+                    "it was interrupted; write it again"
+                )
+            manifest = replace(manifests[0], complete=tuple(common))
             self._find_files(manifest)
             return manifest
 
         return self.agreed(find)
+
+    def _load(self, path: str) -> rundir.Manifest:
+        manifest = rundir.load(path, self.run_id)
+        if manifest is None:
+            raise UsageError(
+                f"{self.world.hostname} has no run {self.run_id} in {path}: name the --run-id and PATH of a "
+                "run that was written with --reads 0 or --keep, on these hosts"
+            )
+        if not manifest.complete:
+            raise UsageError(
+                f"run {self.run_id} in {path} has no complete checkpoint: it was interrupted; write it again"
+            )
+        asked = (self.layout.shape.name, self.layout.nranks, str(self.layout.scale))
+        if asked != (manifest.model, manifest.ranks, manifest.scale):
+            raise UsageError(
+                f"run {self.run_id} in {path} was written with --model {manifest.model} --ranks {manifest.ranks} "
+                f"--scale {manifest.scale}: say the same to read it"
+            )
+        absent = set(self.ranks) - set(manifest.only_ranks or self.ranks)
+        if absent:
+            raise UsageError(
+                f"run {self.run_id} in {path} was written with --only-ranks: there are no files of rank {min(absent)}; "
+                "say the same to read it"
+            )
+        return manifest
 
     def _find_files(self, manifest: rundir.Manifest) -> None:
         for rank in self.my_ranks:

@@ -74,9 +74,7 @@ def resolve(paths: Sequence[str], *, rank: int, local_rank: int, hostname: str) 
 
     def substitute(match: re.Match[str]) -> str:
         if match[1] not in fields:
-            raise UsageError(
-                f"{match[0]} in {path!r} is unknown; PATH may hold {{rank}}, {{local_rank}} and {{host}}"
-            )
+            raise UsageError(f"{match[0]} in {path!r} is unknown; PATH may hold {{rank}}, {{local_rank}} and {{host}}")
         return fields[match[1]]
 
     path = paths[local_rank % len(paths)]
@@ -139,9 +137,7 @@ def discover(
     found = _judge(world, [_Sight(*fields) for text in sights if (fields := json.loads(text)) is not None])
     if asserted is not None and found.kind != asserted:
         world.agree(
-            UsageError(
-                f"--{asserted} was given, but {found.proof}; leave --{asserted} out or check the mounts"
-            )
+            UsageError(f"--{asserted} was given, but {found.proof}; leave --{asserted} out or check the mounts")
         )
     return Sharing(found.kind, asserted is not None, targets_by_host)
 
@@ -180,21 +176,15 @@ def check_directory(path: str, *, write: bool = True) -> None:
         else:
             os.listdir(path)
     except FileNotFoundError:
-        raise UsageError(
-            f"{path} doesn't exist: create it (mkdir -p {path}) or check that it is mounted"
-        ) from None
+        raise UsageError(f"{path} doesn't exist: create it (mkdir -p {path}) or check that it is mounted") from None
     except NotADirectoryError:
         raise UsageError(f"{path} is not a directory: name the directory that is to hold the files") from None
     except PermissionError:
         verb = "writable" if write else "readable"
-        raise UsageError(
-            f"{path} is not {verb} for this user (uid {os.geteuid()}): choose another PATH"
-        ) from None
+        raise UsageError(f"{path} is not {verb} for this user (uid {os.geteuid()}): choose another PATH") from None
     except OSError as error:
         if error.errno == errno.EROFS:
-            raise UsageError(
-                f"{path} lies on a read-only file system: remount it rw or choose another PATH"
-            ) from None
+            raise UsageError(f"{path} lies on a read-only file system: remount it rw or choose another PATH") from None
         raise UsageError(f"no file can be made in {path}: {error.strerror}; choose another PATH") from error
 
 

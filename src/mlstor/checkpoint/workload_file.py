@@ -21,9 +21,7 @@ class _Section:
 
     def __init__(self, path: str | os.PathLike[str], name: str, content: Any):
         if not isinstance(content, Mapping):
-            raise UsageError(
-                f"{path}: {name or 'the file'} is not a YAML mapping; is this a DLIO workload file?"
-            )
+            raise UsageError(f"{path}: {name or 'the file'} is not a YAML mapping; is this a DLIO workload file?")
         self.path, self.name, self.content = path, name, content
 
     def _key(self, key: str) -> str:
@@ -46,9 +44,7 @@ class _Section:
     def integers(self, key: str) -> tuple[int, ...]:
         value = self.content.get(key) or []
         if not isinstance(value, list) or not all(type(n) is int and n >= 0 for n in value):
-            raise UsageError(
-                f"{self.path}: {self._key(key)} is {value!r}; it must be a list of whole numbers"
-            )
+            raise UsageError(f"{self.path}: {self._key(key)} is {value!r}; it must be a list of whole numbers")
         return tuple(n for n in value if n)
 
     def text(self, key: str, default: str) -> str:
@@ -97,9 +93,7 @@ def from_workload_yaml(path: str | os.PathLike[str]) -> Shape:
         raise UsageError(f"{path}: model is missing; is this a DLIO workload file?")
     framework = top.text("framework", "pytorch")
     if framework != "pytorch":
-        raise UsageError(
-            f"{path}: framework is {framework!r}; only the files of pytorch checkpoints are known"
-        )
+        raise UsageError(f"{path}: framework is {framework!r}; only the files of pytorch checkpoints are known")
     model = top.section("model")
     parallelism = model.section("parallelism")
     name = model.text("name", Path(path).stem)
@@ -116,9 +110,7 @@ def from_workload_yaml(path: str | os.PathLike[str]) -> Shape:
     if model.text("type", "default") != "transformer":
         rank_state_nbytes = model.integer("model_size_bytes", _RANK_STATE_BYTES, least=0)
 
-    data_parallel = parallelism.integer(
-        "data", -1, least=-1
-    )  # -1: DLIO takes it from the number of processes
+    data_parallel = parallelism.integer("data", -1, least=-1)  # -1: DLIO takes it from the number of processes
     checkpoint = top.section("checkpoint")
     shape = Transformer(
         name=name,
@@ -139,17 +131,13 @@ def from_workload_yaml(path: str | os.PathLike[str]) -> Shape:
         rank_state_nbytes=rank_state_nbytes,
     )
     if shape.zero_stage > 3:
-        raise UsageError(
-            f"{path}: model.parallelism.zero_stage is {shape.zero_stage}; it must be 0, 1, 2 or 3"
-        )
+        raise UsageError(f"{path}: model.parallelism.zero_stage is {shape.zero_stage}; it must be 0, 1, 2 or 3")
     if shape.zero_stage == 3 and shape.pp > 1:
         raise UsageError(
-            f"{path}: ZeRO stage 3 does not go with pipeline parallelism; set pipeline to 1 or zero_stage "
-            "to 1"
+            f"{path}: ZeRO stage 3 does not go with pipeline parallelism; set pipeline to 1 or zero_stage to 1"
         )
     if shape.nlayers < shape.pp:
         raise UsageError(
-            f"{path}: {shape.nlayers} layers can't fill {shape.pp} pipeline stages; lower "
-            "model.parallelism.pipeline"
+            f"{path}: {shape.nlayers} layers can't fill {shape.pp} pipeline stages; lower model.parallelism.pipeline"
         )
     return shape

@@ -218,6 +218,9 @@ mls_engine *mls_engine_new_on(const mls_config *config, const mls_backend *backe
 
 mls_engine *mls_engine_new(const mls_config *config, int *error)
 {
+    *error = -EINVAL;
+    if (!config->workers || !config->depth || !config->block_bytes)
+        return NULL;
     mls_engine *engine = engine_alloc(config);
     *error = -ENOMEM;
     if (!engine)

@@ -35,9 +35,7 @@ def _whole_host(values: Sequence[tuple[int, int | None]], hosts: set[int]) -> in
     return sum(known.values()) if hosts and known.keys() == hosts else None
 
 
-def _verdict(
-    reports: Sequence[PhaseReport], host_cores: Sequence[int]
-) -> tuple[Literal["yes", "no", "unknown"], str]:
+def _verdict(reports: Sequence[PhaseReport], host_cores: Sequence[int]) -> tuple[Literal["yes", "no", "unknown"], str]:
     ends = [(max((r.end_ns for r in report.ranks), default=0), -report.process, report) for report in reports]
     wall_ns, _, slowest = max(ends, default=(0, 0, None))
     if slowest is None or wall_ns == 0:

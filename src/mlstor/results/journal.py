@@ -34,6 +34,7 @@ QUIET_S = 60.0
 caller.
 """
 
+_SEALING = "sealing"  # made by the one process of a failing run that makes its record
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -120,9 +121,7 @@ class Journal:
             raise UsageError(f"{run_dir} holds a run's record; choose another run id or results directory")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            self._fd = os.open(
-                self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o666
-            )
+            self._fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o666)
         except FileExistsError:
             raise UsageError(
                 f"{self.path} exists: run {Path(run_dir).name} was begun before; take another run id"
@@ -346,7 +345,10 @@ def _phases(
         under.setdefault(progress.number, []).append(progress)
     return [
         merge_phase(
-            reports.get(number, []), progress=under.get(number, []), host_cores=host_cores, processes=processes
+            reports.get(number, []),
+            progress=under.get(number, []),
+            host_cores=host_cores,
+            processes=processes,
         )
         for number in sorted(reports.keys() | under.keys())
     ]
@@ -355,10 +357,27 @@ def _phases(
 def seal(run_dir: str | os.PathLike[str], record: Record) -> Path:
     """Write `record` durably as the run's and then remove all its journals; the record's path."""
     path = save(record, run_dir)
-    for journal in _journals(Path(run_dir)):
-        journal.unlink(missing_ok=True)
+    for name in [*_journals(Path(run_dir)), Path(run_dir) / JOURNAL_DIR / _SEALING]:
+        name.unlink(missing_ok=True)
     _remove_if_empty(Path(run_dir) / JOURNAL_DIR)
     return path
+
+
+def seal_early(run_dir: str | os.PathLike[str]) -> tuple[Path, Record] | None:
+    """Make the record of a run that ends before its time, by one of its own processes; its path and itself.
+
+    None if another process is at it or has done it, or if process 0's journal lies elsewhere (results on a
+    directory per node). A process that is killed within this leaves the journals to the next run.
+    """
+    directory = Path(run_dir) / JOURNAL_DIR
+    if not (directory / "0.jsonl").exists():
+        return None
+    try:
+        os.close(os.open(directory / _SEALING, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666))
+    except (FileExistsError, FileNotFoundError):
+        return None
+    record = recover(run_dir)
+    return seal(run_dir, record), record
 
 
 def _remove_if_empty(directory: Path) -> None:

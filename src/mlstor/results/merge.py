@@ -109,9 +109,9 @@ def merge_phase(
 def _check_one_phase(everyone: Sequence[PhaseReport | Progress]) -> None:
     if not everyone:
         raise WorldError("no process reported on the phase")
-    phases = {(one.op, one.checkpoint) for one in everyone}
+    phases = {(one.number, one.op, one.checkpoint) for one in everyone}
     if len(phases) > 1:
-        names = ", ".join(f"{op} {checkpoint}" for op, checkpoint in sorted(phases))
+        names = ", ".join(f"{op} {checkpoint} (phase {number})" for number, op, checkpoint in sorted(phases))
         raise WorldError(f"the processes reported on different phases: {names}")
     for before, after in itertools.pairwise(everyone):
         if before.process == after.process:
@@ -155,9 +155,7 @@ def _process_columns(reports: Sequence[PhaseReport], barrier_unix_ns: int) -> Pr
 
 def _histograms(reports: Sequence[PhaseReport]) -> dict[str, Histogram]:
     names = sorted({name for report in reports for name in report.histograms})
-    return {
-        name: add_histograms(r.histograms[name] for r in reports if name in r.histograms) for name in names
-    }
+    return {name: add_histograms(r.histograms[name] for r in reports if name in r.histograms) for name in names}
 
 
 def _coarser(row: Sequence[int], times: int) -> list[int]:
@@ -184,9 +182,7 @@ def merge_series(reports: Sequence[PhaseReport]) -> Series:
         times, rest = divmod(interval_ns, report.interval_ns)
         if rest:
             mine_ns = report.interval_ns
-            raise WorldError(
-                f"process {report.process} counts bytes per {mine_ns} ns, another per {interval_ns} ns"
-            )
+            raise WorldError(f"process {report.process} counts bytes per {mine_ns} ns, another per {interval_ns} ns")
         row = of_host.setdefault(report.host, [])
         mine = _coarser(report.series, times)
         row.extend([0] * (len(mine) - len(row)))
@@ -207,9 +203,7 @@ def _paths(reports: Sequence[PhaseReport]) -> list[PathTaken]:
     for path in (path for report in reports for path in report.paths):
         key = (path.backend, path.direct, path.reason, path.fs_type)
         if key not in total:
-            total[key] = PathTaken(
-                backend=path.backend, direct=path.direct, reason=path.reason, fs_type=path.fs_type
-            )
+            total[key] = PathTaken(backend=path.backend, direct=path.direct, reason=path.reason, fs_type=path.fs_type)
         total[key].nfiles += path.nfiles
         total[key].nbytes += path.nbytes
     return [total[key] for key in sorted(total)]

@@ -4,12 +4,13 @@ verdicts, its damage.
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.text import Text
 
 from mlstor.results import figures
 from mlstor.results.figures import GIB
@@ -18,9 +19,16 @@ from mlstor.results.record import Record
 from mlstor.units import format_both, format_ns
 
 MAX_DAMAGE_LINES = 8
+_LABEL_WIDTH = 13
 _BACKENDS = {"io_uring": "io_uring", "threads": "threads (pread/pwrite)"}
 _DIRECT = {"yes": "O_DIRECT confirmed", "no": "buffered, not direct", "unverified": "O_DIRECT unverified"}
 _DONE: dict[Op, str] = {"write": "written", "read": "read"}
+_SHARING = {
+    "shared": "shared by all hosts",
+    "per-node": "per node",
+    "one-host": "one host",
+    "unknown": "shared or per node: unknown",
+}
 _STATUS = {"complete": "complete", "partial": "PARTIAL", "failed": "FAILED"}
 
 
@@ -38,11 +46,10 @@ def rate_text(value: float | None) -> str:
 
 def line(out: Console, label: str, text: str, style: str = "") -> None:
     """A label in a column of its own; a long text wraps beside it and not below it."""
-    grid = Table.grid(padding=(0, 1))
-    grid.add_column(width=12, style="bold", no_wrap=True)
-    grid.add_column(style=style, overflow="fold")
-    grid.add_row(label, escape(text))
-    out.print(grid)
+    width = max(20, out.width - _LABEL_WIDTH)
+    for part in textwrap.wrap(text, width, break_on_hyphens=False) or [""]:
+        out.print(Text.assemble((f"{label:<{_LABEL_WIDTH}}", "bold"), (part, style)), soft_wrap=True)
+        label = ""
 
 
 def plural(count: int, word: str) -> str:
@@ -56,9 +63,7 @@ def heading(out: Console, record: Record) -> None:
         out.print("memory, not storage", style="bold red")
     status = _STATUS[record.status]
     style = "bold" if record.status == "complete" else "bold red"
-    out.print(
-        f"mlstor {escape(record.version)} checkpoint, run {escape(record.run_id)}: {status}", style=style
-    )
+    out.print(f"mlstor {escape(record.version)} checkpoint, run {escape(record.run_id)}: {status}", style=style)
     if record.error is not None:
         error = record.error
         where = f"rank {error.rank} on {error.host}"
@@ -94,15 +99,11 @@ def heading(out: Console, record: Record) -> None:
     seen: set[str] = set()
     for target in record.targets:
         text = ", ".join(word for word in (target.path, target.fs_type, target.device) if word)
-        text += f", {target.sharing} ({target.sharing_how})"
+        text += f", {_SHARING[target.sharing]}" + (" (asserted)" if target.sharing_how == "asserted" else "")
         if text not in seen:
             line(out, "" if seen else "target", text)
             seen.add(text)
-    chosen = [
-        f"{name} {one.value} ({one.source})"
-        for name, one in record.settings.items()
-        if one.source != "default"
-    ]
+    chosen = [f"{name} {one.value} ({one.source})" for name, one in record.settings.items() if one.source != "default"]
     if chosen:
         line(out, "settings", ", ".join(chosen))
     narrow = sorted(host.hostname for host in record.hosts if host.affinity_narrow)
@@ -133,9 +134,7 @@ def totals(out: Console, record: Record) -> None:
 
 def _path_text(path: PathTaken) -> str:
     text = f"{_BACKENDS.get(path.backend, path.backend)} + {_DIRECT[path.direct]}"
-    return (
-        text + (f" on {path.fs_type}" if path.fs_type else "") + (f" ({path.reason})" if path.reason else "")
-    )
+    return text + (f" on {path.fs_type}" if path.fs_type else "") + (f" ({path.reason})" if path.reason else "")
 
 
 def _grouped(pairs: Iterable[tuple[str, str]]) -> list[tuple[str, list[str]]]:
@@ -239,13 +238,14 @@ def verification(out: Console, record: Record) -> None:
     ):
         line(out, "", f"{name}, rank {rank}: {file}", "red")
         for _, one in places:
-            line(out, "", f"  {_damage_text(one)}", "red")
+            line(out, "", f"  {damage_text(one)}", "red")
     dropped = len(shown[MAX_DAMAGE_LINES:]) + sum(phase.verification.damage_dropped for phase in reads)
     if dropped:
         line(out, "", f"and {plural(dropped, 'place')} more", "red")
 
 
-def _damage_text(one: Damage) -> str:
+def damage_text(one: Damage) -> str:
+    """What is wrong where in a file, and what lies there instead."""
     fields = {
         "run": one.found_run,
         "checkpoint": one.found_checkpoint,
@@ -253,4 +253,4 @@ def _damage_text(one: Damage) -> str:
         "offset": one.found_offset,
     }
     found = ", ".join(f"{label} {value}" for label, value in fields.items() if value is not None)
-    return f"{plural(one.nbytes, 'byte')} at {one.offset}: {one.kind}" + (f", found {found}" if found else "")
+    return f"{plural(one.nbytes, 'byte')} at offset {one.offset}: {one.kind}" + (f", found {found}" if found else "")

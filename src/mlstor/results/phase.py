@@ -68,9 +68,7 @@ class Damage(msgspec.Struct, kw_only=True):
     file: str
     offset: Count
     nbytes: Count
-    kind: Literal[
-        "zeroed", "other-run", "other-checkpoint", "other-file", "other-offset", "corrupt", "no-stamp"
-    ]
+    kind: Literal["zeroed", "other-run", "other-checkpoint", "other-file", "other-offset", "corrupt", "no-stamp"]
     found_run: str | None = None
     found_checkpoint: Count | None = None
     found_file: str | None = None

@@ -122,15 +122,15 @@ class Host(msgspec.Struct, kw_only=True):
 
 
 class Target(msgspec.Struct, kw_only=True):
-    """A directory that was measured, as seen from host `host` (index): shared by all hosts or one per node,
-    and whether the user asserted that or the run found it out. is_memory: its files are in memory (tmpfs),
-    not on storage.
+    """A directory that was measured, as seen from host `host` (index): shared by all hosts or one per node
+    (one-host: there is no other host to see it; unknown: a read-only run could leave no tokens), and whether
+    the user asserted that or the run found it out. is_memory: its files are in memory (tmpfs), not on storage.
     """
 
     path: str
     resolved_path: str
     host: Count = 0
-    sharing: Literal["shared", "per-node"]
+    sharing: Literal["shared", "per-node", "one-host", "unknown"]
     sharing_how: Literal["asserted", "found"]
     fs_type: str
     mount_options: str = ""
@@ -277,8 +277,7 @@ def load(path: str | os.PathLike[str]) -> Record:
         data = file.read_bytes()
     except OSError as error:
         raise UsageError(
-            f"no record can be read from {file}: {error.strerror}; "
-            f"name a run's directory or its {RECORD_FILE}"
+            f"no record can be read from {file}: {error.strerror}; name a run's directory or its {RECORD_FILE}"
         ) from None
     try:
         return msgspec.json.decode(data, type=Record)

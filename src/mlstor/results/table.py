@@ -12,7 +12,6 @@ from typing import Literal
 
 from rich import box
 from rich.console import Console
-from rich.padding import Padding
 from rich.table import Table
 
 from mlstor.results import figures, mlperf
@@ -57,19 +56,19 @@ def _seconds(value_ns: int) -> str:
     return f"{value_ns / 1e9:.2f}" if value_ns >= 10**9 else f"{value_ns / 1e9:.3f}"
 
 
-def _table(
-    out: Console, title: str, columns: Sequence[tuple[str, Justify]], rows: Iterable[tuple[Row, str]]
-) -> None:
+def _table(out: Console, title: str, columns: Sequence[tuple[str, Justify]], rows: Iterable[tuple[Row, str]]) -> None:
     """A title over a table without vertical lines; nothing where there are no rows. The title is not the
     table's own, which rich would wrap at the table's width.
     """
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+    padding = (0, 1, 0, 0) if out.width >= PLAIN_WIDTH else 0  # an ellipsis in a figure would be no figure
+    table = Table(box=box.SIMPLE_HEAD, padding=padding, pad_edge=False, show_edge=False)
     for name, justify in columns:
         table.add_column(name, justify=justify, no_wrap=True)
     for cells, style in rows:
         table.add_row(*cells, style=style)
     if table.row_count:
-        out.print(Padding(title, (1, 0, 0, 0)), style="bold")
+        out.print()
+        out.print(title, style="bold")
         out.print(table)
         out.print()
 
@@ -107,7 +106,7 @@ def _throughput_row(phase: Phase) -> tuple[Row, str]:
 
 
 def _operations(out: Console, record: Record) -> None:
-    columns: list[tuple[str, Justify]] = [("phase", "left"), ("operation", "left")]
+    columns: list[tuple[str, Justify]] = [("phase", "left"), ("op", "left")]
     columns += [(name, "right") for name in ("count", "min", "mean", "p50", "p90", "p99", "p99.9", "max")]
     rows: list[tuple[Row, str]] = []
     for label, of_label in _phases_shown(record):
@@ -141,17 +140,14 @@ def _mlperf(out: Console, record: Record) -> None:
         return
     rows: list[tuple[Row, str]] = [((name, f"{value:,.4f}"), "") for name, value in metric.items()]
     _table(out, mlperf.LABEL, [("field", "left"), ("value", "right")], rows)
-    beside = Table.grid(padding=(0, 2))
     for op in OPS:
         rates = figures.slowest_rank_rates(record, op, GIB)
         if rates:
             total = figures.total_rate(record, op, GIB)
-            beside.add_row(
-                f"beside it, {op}:",
-                f"slowest rank, mean {rate_text(figures.mean(rates))} GiB/s",
-                f"total bytes / total time {rate_text(total)} GiB/s",
+            out.print(
+                f"beside it, {op}: slowest rank, mean {rate_text(figures.mean(rates))} GiB/s; "
+                f"total bytes / total time {rate_text(total)} GiB/s"
             )
-    out.print(Padding(beside, (0, 0, 1, 0)))
     out.print(f"Files as in {mlperf.LAYOUT}.")
 
 
@@ -165,12 +161,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         If there is no record at RECORD.
     """
     parser = argparse.ArgumentParser(prog="mlstor show", description="Print the record of a run.")
-    parser.add_argument(
-        "record", metavar="RECORD", help="a record.json, or the directory of a run under --results"
-    )
-    parser.add_argument(
-        "--mlperf", action="store_true", help="print MLPerf's summary.json fields as JSON instead"
-    )
+    parser.add_argument("record", metavar="RECORD", help="a record.json, or the directory of a run under --results")
+    parser.add_argument("--mlperf", action="store_true", help="print MLPerf's summary.json fields as JSON instead")
     options = parser.parse_args(argv)
     record = load(options.record)
     if options.mlperf:
