@@ -61,34 +61,36 @@ def test_a_bare_off_in_yaml_is_the_word_off(profile):
 
 def test_the_longest_target_prefix_wins_by_whole_components(profile):
     profile.write_text(
-        "depth: 4\n"
+        "block_bytes: 1MiB\n"
         "targets:\n"
-        "  /mnt/lustre: {depth: 16, block_bytes: 8MiB}\n"
-        "  /mnt/lustre/fast/: {depth: 32}\n"
+        "  /mnt/lustre: {block_bytes: 16MiB, direct: require}\n"
+        "  /mnt/lustre/fast/: {block_bytes: 8MiB}\n"
         "  s3://bucket/a: {block_bytes: 32MiB}\n"
     )
     settings = Settings.resolve()
-    assert settings.for_target("/mnt/lustre/x").depth == 16
-    assert settings.for_target("/mnt/lustre/x").source("depth") == f"profile {profile} for /mnt/lustre"
-    assert settings.for_target("/mnt/lustre").block_bytes == 8 << 20
-    assert settings.for_target(Path("/mnt/lustre/fast/x")).depth == 32
-    assert settings.for_target("/mnt/lustre/fast/x").block_bytes == 0
-    assert settings.for_target("/mnt/lustre2").depth == 4
-    assert settings.for_target("/mnt/lustre/../other").depth == 4
+    assert settings.for_target("/mnt/lustre/x").block_bytes == 16 << 20
+    assert settings.for_target("/mnt/lustre/x").source("block_bytes") == f"profile {profile} for /mnt/lustre"
+    assert settings.for_target(b"/mnt/lustre").direct == "require"
+    assert settings.for_target(Path("/mnt/lustre/fast/x")).block_bytes == 8 << 20
+    assert settings.for_target("/mnt/lustre/fast/x").direct == "auto"
+    assert settings.for_target("/mnt/lustre2").block_bytes == 1 << 20
+    assert settings.for_target("/mnt/lustre/../other").block_bytes == 1 << 20
+    assert settings.slot_nbytes() == 32 << 20
     assert settings.for_target("s3://bucket/a/b").block_bytes == 32 << 20
-    assert settings.for_target("s3://bucket/ab").block_bytes == 0
+    assert settings.for_target("s3://bucket/ab").block_bytes == 1 << 20
 
 
 def test_the_root_is_a_prefix_of_every_path(profile):
-    profile.write_text("targets:\n  /: {depth: 16}\n")
-    assert Settings.resolve().for_target("/any/where").depth == 16
+    profile.write_text("targets:\n  /: {block_bytes: 64KiB}\n")
+    assert Settings.resolve().for_target("/any/where").block_bytes == 64 << 10
 
 
 def test_a_target_does_not_override_what_was_said_for_this_run(profile, monkeypatch):
-    profile.write_text("targets:\n  /mnt: {depth: 16, block_bytes: 8MiB, direct: require}\n")
+    profile.write_text("targets:\n  /mnt: {block_bytes: 8MiB, direct: require}\n")
     monkeypatch.setenv("MLSTOR_BLOCK_BYTES", "1MiB")
-    settings = Settings.resolve(depth=2).for_target("/mnt/x")
-    assert (settings.depth, settings.block_bytes, settings.direct) == (2, 1 << 20, "require")
+    settings = Settings.resolve().for_target("/mnt/x")
+    assert (settings.block_bytes, settings.direct) == (1 << 20, "require")
+    assert Settings.resolve(direct="off").for_target("/mnt/x").direct == "off"
 
 
 def test_the_profile_is_found_under_xdg_config_home(tmp_path, monkeypatch):
@@ -99,10 +101,10 @@ def test_the_profile_is_found_under_xdg_config_home(tmp_path, monkeypatch):
 
 
 def test_settings_cannot_be_changed_and_survive_pickling(profile):
-    profile.write_text("targets:\n  /mnt: {depth: 16}\n")
+    profile.write_text("targets:\n  /mnt: {direct: off}\n")
     settings = pickle.loads(pickle.dumps(Settings.resolve(workers=3)))
     assert (settings.workers, settings.source("workers")) == (3, "argument")
-    assert settings.for_target("/mnt").depth == 16
+    assert settings.for_target("/mnt").direct == "off"
     with pytest.raises(dataclasses.FrozenInstanceError):
         settings.depth = 2
 
@@ -110,7 +112,7 @@ def test_settings_cannot_be_changed_and_survive_pickling(profile):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ({"depth": -1}, "depth=-1 is not accepted: depth takes a whole number from 0 to 4096"),
+        ({"depth": -1}, "depth=-1 is not accepted: depth takes a whole number from 0 to 1024"),
         ({"depth": "many"}, "depth=many"),
         ({"depth": 2.5}, "depth=2.5"),
         ({"depth": True}, "depth=True"),
@@ -144,7 +146,7 @@ def test_a_bad_variable_is_named_with_its_value(monkeypatch):
         ("depth: [\n", "is not YAML"),
         ("targets: 3\n", "targets must map names to values"),
         ("targets: {/mnt: {workers: 3}}\n", "'workers' can't be set here; known are direct, block"),
-        ("targets: {/mnt: {depth: x}}\n", "/mnt: depth: x is not accepted"),
+        ("targets: {/mnt: {direct: x}}\n", "/mnt: direct: x is not accepted"),
     ],
 )
 def test_a_bad_profile_is_named_with_the_place(profile, text, said):

@@ -51,6 +51,7 @@ cdef extern from "file.h" nogil:
         char reason[160]
     mls_file *mls_file_new(const char *path)
     void mls_file_unref(mls_file *file)
+    int mls_file_path(const mls_file *file)
     uint64_t mls_now_ns()
     int mls_file_open(mls_file *file, bint write, bint temporary, int mode, mls_latches *latches)
 

@@ -136,6 +136,7 @@ cdef class Engine:
         cdef int error
         self.alive()
         requests = [Request(self, operation) for operation in operations]
+        self.alive()  # the caller's iterator, or another thread meanwhile, may have closed it
         if not requests:
             return requests
         ops = <mls_op **>calloc(len(requests), sizeof(mls_op *))
@@ -296,9 +297,11 @@ cdef class Engine:
         self.cancel_all()
 
     cdef int cancel_all(self) except -1:
-        for request in list(in_flight.values()):
-            if isinstance(request, Request) and (<Request>request).engine is self:
-                (<Request>request).stop()
+        for held in list(in_flight.values()):
+            if isinstance(held, Request) and (<Request>held).engine is self:
+                (<Request>held).stop()
+            elif isinstance(held, RangeFile) and (<RangeFile>held).engine is self:
+                (<RangeFile>held).stop()
         return 0
 
     def drain(self, timeout_s=None):

@@ -2,6 +2,18 @@
 
 
 @cython.final
+cdef class _Batch:
+    """Ranges submitted together: their operation, and the buffer that is theirs until it is done."""
+
+    cdef mls_op *op
+    cdef _View target
+
+    def __dealloc__(self):
+        if self.op != NULL:
+            mls_op_unref(self.op)
+
+
+@cython.final
 cdef class RangeFile:
     """An open file of which ranges are read in batches. Made by `open_ranges`.
 
@@ -13,13 +25,13 @@ cdef class RangeFile:
     cdef readonly Engine engine
     cdef readonly str path
     cdef readonly size_t outstanding
-    cdef dict views       # by address and size, so that a long stream into one buffer holds it once
+    cdef list batches     # not known to be done
     cdef int64_t most
 
     def __cinit__(self, Engine engine, path, direct=None):
         self.engine = engine
         self.path = os.fsdecode(path)
-        self.views = {}
+        self.batches = []
         engine.alive()
         mode = engine.settings.for_target(path).direct if direct is None else direct
         if mode not in MODES:
@@ -27,6 +39,7 @@ cdef class RangeFile:
         nbytes = os.stat(path).st_size
         if nbytes and mode != "off":  # learns whether direct I/O works on this mount
             engine.read_file(path, None, 0, min(nbytes, 4096), direct=mode)
+        engine.alive()
         self.queue = mls_range_queue_new()
         self.file = mls_file_new(encoded_path(path))
         if self.queue == NULL or self.file == NULL:
@@ -57,6 +70,11 @@ cdef class RangeFile:
         """Size at open, bytes."""
         return self.file.nbytes
 
+    @property
+    def direct(self):
+        """How the ranges are read, once one has been: yes (confirmed), no, or unverified."""
+        return PATHS[mls_file_path(self.file)]
+
     def submit(self, ranges, buffer=None):
         """Reads many ranges; returns how many were submitted.
 
@@ -78,6 +96,7 @@ cdef class RangeFile:
         cdef size_t count = array.view.len // sizeof(mls_range)
         cdef size_t room = 0 if target is None else target.view.len
         cdef uint64_t most = self.most, last = MOST_FILE_BYTES - self.most
+        cdef _Batch batch = _Batch()
         cdef mls_op *op
         cdef size_t i, bad = 0
         cdef int error
@@ -89,43 +108,41 @@ cdef class RangeFile:
         op = mls_op_new(MLS_OP_RANGES, NULL, self.file, count, 0)
         if op == NULL:
             raise MemoryError
-        try:
-            op.units = <mls_unit *>calloc(count, sizeof(mls_unit))
-            op.tags = <uint64_t *>calloc(count, sizeof(uint64_t))
-            if op.units == NULL or op.tags == NULL:
-                raise MemoryError
-            for i in range(count):
-                if not item[i].nbytes or item[i].nbytes > most:
-                    raise ValueError(f"range {i} has {item[i].nbytes} bytes; 1 to {most} (block_bytes) are accepted")
-                if target is not None and (item[i].dest > room or item[i].nbytes > room - item[i].dest):
-                    raise ValueError(f"range {i} lies outside the buffer of {room} bytes")
-                if item[i].offset > last:
-                    raise ValueError(f"range {i} begins at {item[i].offset}, beyond the greatest file offset")
-                op.tags[i] = item[i].tag
-                op.extents[i].offset = op.units[i].offset = item[i].offset
-                op.extents[i].nbytes = op.units[i].nbytes = item[i].nbytes
-                op.units[i].first_extent, op.units[i].nextents = i, 1
-                op.extents[i].kind = MLS_EXTENT_DROP
-                if target is not None:
-                    op.extents[i].kind = MLS_EXTENT_MEMORY
-                    op.extents[i].memory = <unsigned char *>target.view.buf + item[i].dest
-            op.nunits = count
-            op.ranges_queue = self.queue
-            mls_op_seal(op, &bad)
-            error = mls_engine_submit(self.engine.engine, &op, 1)
-            if error < 0:
-                raise OSError(-error, os.strerror(-error), self.path)
-        finally:
-            mls_op_unref(op)
+        batch.op, batch.target = op, target
+        op.units = <mls_unit *>calloc(count, sizeof(mls_unit))
+        op.tags = <uint64_t *>calloc(count, sizeof(uint64_t))
+        if op.units == NULL or op.tags == NULL:
+            raise MemoryError
+        for i in range(count):
+            if not item[i].nbytes or item[i].nbytes > most:
+                raise ValueError(f"range {i} has {item[i].nbytes} bytes; 1 to {most} (block_bytes) are accepted")
+            if target is not None and (item[i].dest > room or item[i].nbytes > room - item[i].dest):
+                raise ValueError(f"range {i} lies outside the buffer of {room} bytes")
+            if item[i].offset > last:
+                raise ValueError(f"range {i} begins at {item[i].offset}, beyond the greatest file offset")
+            op.tags[i] = item[i].tag
+            op.extents[i].offset = op.units[i].offset = item[i].offset
+            op.extents[i].nbytes = op.units[i].nbytes = item[i].nbytes
+            op.units[i].first_extent, op.units[i].nextents = i, 1
+            op.extents[i].kind = MLS_EXTENT_DROP
+            if target is not None:
+                op.extents[i].kind = MLS_EXTENT_MEMORY
+                op.extents[i].memory = <unsigned char *>target.view.buf + item[i].dest
+        op.nunits = count
+        op.ranges_queue = self.queue
+        mls_op_seal(op, &bad)
+        error = mls_engine_submit(self.engine.engine, &op, 1)
+        if error < 0:
+            raise OSError(-error, os.strerror(-error), self.path)
         self.outstanding += count
-        if target is not None:
-            self.views.setdefault((<uintptr_t>target.view.buf, target.view.len), target)
+        self.batches.append(batch)
         in_flight[id(self)] = self
         return count
 
     def reap(self, out, min_done=1, timeout_s=None):
         """Fills `out`, an array of DONE_DTYPE, with completions; returns how many. ``result`` is bytes, or -errno
-        (-10001: the file ends before). Waits for `min_done`, or as many as are outstanding.
+        (-10001: the file ends before). Waits for `min_done`, or as many as are outstanding. Ctrl-C cancels the ranges that
+        have not begun, and raises KeyboardInterrupt.
         """
         cdef _View view = _View(out, True)
         cdef mls_range_done *done = <mls_range_done *>view.view.buf
@@ -145,11 +162,22 @@ cdef class RangeFile:
                 PyErr_CheckSignals()
                 if mls_now_ns() >= deadline:
                     break
+        except BaseException:
+            self.stop()
+            raise
         finally:  # what Ctrl-C came amidst has been taken all the same
             self.outstanding -= count
-            if not self.outstanding and in_flight.pop(id(self), None) is not None:
-                self.views = {}
+            self.batches = [batch for batch in self.batches if not mls_op_is_done((<_Batch>batch).op)]
+            if not self.outstanding:
+                in_flight.pop(id(self), None)
         return count
+
+    cdef int stop(self) except -1:
+        """Submits no more of the ranges; those that were not are reaped with ECANCELED."""
+        if self.engine.engine != NULL:
+            for batch in self.batches:
+                mls_engine_cancel(self.engine.engine, (<_Batch>batch).op)
+        return 0
 
 
 def open_ranges(Engine engine, path, direct=None):

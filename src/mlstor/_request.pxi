@@ -224,5 +224,5 @@ cdef class Request:
             self.path, out.nbytes, out.start_ns, out.end_ns, out.open_ns, out.data_ns, out.sync_ns, out.commit_ns,
             "threads" if out.threads else "io_uring", PATHS[out.direct], out.reason.decode(errors="replace"),
             out.align.mem_align, out.align.offset_align, out.align.fs_name.decode(), out.zero_copy_bytes,
-            out.staged_bytes, self.digests(), [damage_of(&out.damage[i]) for i in range(out.ndamage)],
+            out.staged_bytes, self.digests(), sorted(damage_of(&out.damage[i]) for i in range(out.ndamage)),
             out.damaged_blocks)

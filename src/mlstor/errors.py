@@ -93,7 +93,7 @@ def short_error(path: str, file_nbytes: int, offset: int) -> OSError:
     """The `OSError` for a file that ends at `offset`, before the bytes that were asked for."""
     return OSError(
         errno.ENODATA,
-        f"the file is shorter than it should be: it ends at byte {offset} (size at open {file_nbytes}); "
+        f"the file is shorter than it should be: bytes from {offset} on are missing (size at open {file_nbytes}); "
         "was its writer interrupted?",
         path,
     )

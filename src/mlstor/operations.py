@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from enum import IntFlag
 from typing import Any, Literal, NamedTuple
@@ -35,7 +36,7 @@ TEMPORARY_SUFFIX = ".mlstor-tmp"
 
 def is_leftover(name: str) -> bool:
     """Whether a file name is that of a write which was killed before its rename: ``.<name>.<8 hex>.mlstor-tmp``."""
-    return name.startswith(".") and name.endswith(TEMPORARY_SUFFIX)
+    return re.fullmatch(r"\..*\.[0-9a-f]{8}" + re.escape(TEMPORARY_SUFFIX), name, re.DOTALL) is not None
 
 
 class Late:
@@ -132,7 +133,7 @@ class Result(NamedTuple):
     zero_copy_bytes: int
     staged_bytes: int
     digests: dict[int, int]
-    #: the first 16 damaged blocks
+    #: at most 16 of the damaged blocks, by offset
     damage: list[Damage]
     damaged_blocks: int
 
@@ -165,7 +166,7 @@ class Histogram(NamedTuple):
     max_ns: int
 
 
-#: Fields of an array of ranges for `Engine.submit_ranges`: tag is the caller's, dest the place in the buffer, bytes.
+#: Fields of an array of ranges for `RangeFile.submit`: tag is the caller's, dest the place in the buffer, bytes.
 RANGE_DTYPE = [("tag", "<u8"), ("offset", "<u8"), ("nbytes", "<u8"), ("dest", "<u8")]
-#: Fields of an array of completions from `Engine.reap_ranges`: result is bytes, or -errno.
+#: Fields of an array of completions from `RangeFile.reap`: result is bytes, or -errno.
 DONE_DTYPE = [("tag", "<u8"), ("result", "<i8"), ("latency_ns", "<u8")]

@@ -103,10 +103,9 @@ class Settings:
     )
     depth: int = _setting(
         0,
-        _count(0, 4096),
+        _count(0, 1024),
         unit="operations",
         help="reads or writes in flight per worker; 0 begins with 4 MiB and takes up to 8 where they are slow",
-        per_target=True,
     )
     workers: int = _setting(
         0,
@@ -179,7 +178,7 @@ class Settings:
         A target's values replace defaults and the profile's own; arguments and ``MLSTOR_*`` stay, since they
         were said for this run.
         """
-        prefix = max((key for key in self._targets if _lies_under(os.fspath(path), key)), key=len, default=None)
+        prefix = max((key for key in self._targets if _lies_under(os.fsdecode(path), key)), key=len, default=None)
         if prefix is None:
             return self
         replaced = {
@@ -199,8 +198,9 @@ class Settings:
         return {s.name: {"value": getattr(self, s.name), "source": self.source(s.name)} for s in declared()}
 
     def slot_nbytes(self) -> int:
-        """Bytes of a staging slot, which bounds a transfer: `block_bytes`, or 4 MiB where that is 0."""
-        return self.block_bytes or 4 << 20
+        """Bytes of a staging slot, which bounds a transfer: the largest `block_bytes` of any target, 4 MiB standing for 0."""
+        blocks = [self.block_bytes, *(values.get("block_bytes", 0) for values in self._targets.values())]
+        return max(block or 4 << 20 for block in blocks) if self.block_bytes == 0 or self._targets else self.block_bytes
 
     def depth_count(self) -> int:
         """Transfers that a worker has in flight at most: `depth`, or 8 where that is 0."""

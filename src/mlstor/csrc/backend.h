@@ -30,6 +30,7 @@ typedef struct mls_io {
     unsigned char *slot;
     uint64_t io_offset, io_nbytes; /* of the whole transfer, of which a continued one does the rest */
     uint64_t done_nbytes, reached_nbytes;
+    unsigned tries;          /* in a row that moved nothing */
     unsigned char *io_bytes;
     bool zero_copy, confirm;
     struct mls_io *next;

@@ -26,6 +26,9 @@
 #define IORING_SETUP_DEFER_TASKRUN (1U << 13)
 #endif
 
+/* Prepared transfers are handed to the kernel together, but not so many bytes of them that the next block is generated
+ * while these wait: their clock has begun. */
+#define BATCH_BYTES ((uint64_t)256 << 10)
 #define SPARE_ENTRIES 8 /* syncs and the wake-up read go beside the transfers */
 
 typedef struct uring_state {
@@ -35,6 +38,7 @@ typedef struct uring_state {
     int event_fd;
     uint64_t event_value;
     bool event_armed;
+    uint64_t unsubmitted_bytes;
 } uring_state;
 
 static const unsigned ladder[] = {
@@ -57,6 +61,19 @@ static int ring_setup(struct io_uring *ring, unsigned entries)
     return error;
 }
 
+/* A sandbox may grant a ring without the operations; that is no ring. 0 or -errno. */
+static int check_operations(struct io_uring *ring)
+{
+    static const int needed[] = {IORING_OP_READ, IORING_OP_WRITE, IORING_OP_READ_FIXED, IORING_OP_WRITE_FIXED,
+                                 IORING_OP_FSYNC};
+    struct io_uring_probe *probe = io_uring_get_probe_ring(ring);
+    int error = probe ? 0 : -EOPNOTSUPP;
+    for (size_t i = 0; !error && i < sizeof needed / sizeof *needed; i++)
+        error = io_uring_opcode_supported(probe, needed[i]) ? 0 : -EOPNOTSUPP;
+    io_uring_free_probe(probe);
+    return error;
+}
+
 static void uring_close(void *state)
 {
     uring_state *uring = state;
@@ -75,6 +92,12 @@ static int uring_setup(void **state, unsigned depth, unsigned char *pool, size_t
         return -ENOMEM;
     int error = ring_setup(&uring->ring, depth + SPARE_ENTRIES);
     if (error < 0) {
+        free(uring);
+        return error;
+    }
+    error = check_operations(&uring->ring);
+    if (error < 0) {
+        io_uring_queue_exit(&uring->ring);
         free(uring);
         return error;
     }
@@ -134,6 +157,11 @@ static int uring_submit(void *state, mls_io *io)
         io_uring_prep_fsync(sqe, io->fd, io->kind == MLS_IO_FDATASYNC ? IORING_FSYNC_DATASYNC : 0);
     }
     io_uring_sqe_set_data(sqe, io);
+    uring->unsubmitted_bytes += io->nbytes;
+    if (uring->unsubmitted_bytes >= BATCH_BYTES) {
+        uring->unsubmitted_bytes = 0;
+        io_uring_submit(&uring->ring); /* what it can't take now, reap hands over */
+    }
     return 0;
 }
 
@@ -155,8 +183,13 @@ static size_t uring_reap(void *state, mls_io **done, size_t max)
     size_t count = 0;
     if (!uring->event_armed)
         arm_event(uring);
-    /* EINTR, EAGAIN and EBUSY ask for another round: what was done meanwhile is looked at first */
-    io_uring_submit_and_wait(&uring->ring, 1);
+    int error = io_uring_submit_and_wait(&uring->ring, 1);
+    uring->unsubmitted_bytes = 0;
+    /* these ask for another round: what was done meanwhile is looked at first */
+    if (error < 0 && error != -EINTR && error != -EAGAIN && error != -EBUSY) {
+        fprintf(stderr, "mlstor: io_uring_enter failed: %s; what is in flight can't be accounted for\n", strerror(-error));
+        abort();
+    }
     io_uring_for_each_cqe(&uring->ring, head, cqe) {
         mls_io *io = io_uring_cqe_get_data(cqe);
         if (io && count == max)
@@ -199,6 +232,11 @@ void mls_uring_probe_run(mls_uring_probe *probe)
     probe->error = -ring_setup(&ring, 8);
     if (probe->error)
         return;
+    probe->error = -check_operations(&ring);
+    if (probe->error) {
+        io_uring_queue_exit(&ring);
+        return;
+    }
     probe->flags = ring.flags;
     probe->features = ring.features;
     probe->ring_fd_registered = io_uring_register_ring_fd(&ring) == 1;

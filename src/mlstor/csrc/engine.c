@@ -44,15 +44,16 @@ static uint64_t deadline_after(int64_t timeout_ns) { return timeout_ns < 0 ? 0 :
 
 /* ---- crews ---- */
 
-static int worker_prepare(mls_worker *worker, mls_engine *engine, mls_crew *crew, unsigned index)
+static int worker_prepare(mls_worker *worker, mls_engine *engine, mls_crew *crew)
 {
     worker->engine = engine;
     worker->crew = crew;
-    worker->index = index;
     worker->window_bytes = crew->depth > 1 ? engine->config.window_bytes : 0;
     for (int i = 0; i < MLS_TIMINGS; i++)
         mls_histogram_reset(&worker->times[i]);
-    worker->pool_nbytes = (crew->depth * engine->slot_bytes + HUGE_PAGE_BYTES - 1) / HUGE_PAGE_BYTES * HUGE_PAGE_BYTES;
+    size_t slots = crew->depth * engine->slot_bytes;
+    size_t page = slots >= 8 * HUGE_PAGE_BYTES ? HUGE_PAGE_BYTES : 4096; /* all of it will be touched */
+    worker->pool_nbytes = (slots + page - 1) / page * page;
     worker->pool = mmap(NULL, worker->pool_nbytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (worker->pool == MAP_FAILED) {
         worker->pool = NULL;
@@ -106,7 +107,7 @@ static int crew_start(mls_engine *engine, mls_crew *crew)
     pthread_sigmask(SIG_SETMASK, &all, &before); /* signals are for the caller's threads */
     for (; started < crew->nworkers && !error; started += !error) {
         mls_worker *worker = &crew->workers[started];
-        error = worker_prepare(worker, engine, crew, started);
+        error = worker_prepare(worker, engine, crew);
         if (!error)
             error = -pthread_create(&worker->thread, NULL, mls_worker_main, worker);
     }
@@ -129,14 +130,19 @@ static int crew_start(mls_engine *engine, mls_crew *crew)
     return error;
 }
 
-void mls_crew_wake(mls_engine *engine, mls_crew *crew)
+static void wake_locked(mls_crew *crew)
 {
-    pthread_mutex_lock(&engine->lock);
     atomic_fetch_add(&crew->changes, 1);
     pthread_cond_broadcast(&crew->work);
     for (unsigned i = 0; crew->started && i < crew->nworkers; i++)
         if (atomic_load(&crew->workers[i].waiting))
             crew->backend->wake(crew->workers[i].state);
+}
+
+void mls_crew_wake(mls_engine *engine, mls_crew *crew)
+{
+    pthread_mutex_lock(&engine->lock);
+    wake_locked(crew);
     pthread_mutex_unlock(&engine->lock);
 }
 
@@ -285,7 +291,6 @@ void mls_engine_free(mls_engine *engine)
 const char *mls_engine_backend(const mls_engine *engine) { return engine->crews[MLS_CREW_DIRECT].backend->name; }
 const char *mls_engine_granted(const mls_engine *engine) { return engine->granted; }
 unsigned mls_engine_workers(const mls_engine *engine) { return engine->crews[MLS_CREW_DIRECT].nworkers; }
-uint64_t mls_engine_slot_bytes(const mls_engine *engine) { return engine->slot_bytes; }
 mls_latches *mls_engine_latches(mls_engine *engine) { return &engine->latches; }
 
 /* ---- operations ---- */
@@ -330,9 +335,9 @@ void mls_engine_finished(mls_engine *engine, mls_op *op)
     }
     atomic_store(&op->done, true);
     pthread_cond_broadcast(&engine->done_cond);
+    if (was_full) /* under the lock: with nothing in flight the engine may be freed as soon as it is open */
+        wake_locked(&engine->crews[MLS_CREW_DIRECT]);
     pthread_mutex_unlock(&engine->lock);
-    if (was_full)
-        mls_crew_wake(engine, &engine->crews[MLS_CREW_DIRECT]);
     if (ranges)
         mls_op_unref(op);
 }

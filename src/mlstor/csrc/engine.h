@@ -42,10 +42,10 @@ void mls_engine_free(mls_engine *engine);
 const char *mls_engine_backend(const mls_engine *engine);  /* "io_uring" or "threads" */
 const char *mls_engine_granted(const mls_engine *engine);  /* ring flags and registration, or why there is no ring */
 unsigned mls_engine_workers(const mls_engine *engine);     /* of the direct crew */
-uint64_t mls_engine_slot_bytes(const mls_engine *engine);
 mls_latches *mls_engine_latches(mls_engine *engine);
 
-/* Takes sealed operations; a reference is kept until each is reaped. 0 or -errno (buffered crew could not start). */
+/* Takes sealed operations; a reference is kept until each is reaped. 0, or -EINVAL: a block
+ * larger than the engine's. */
 int mls_engine_submit(mls_engine *engine, mls_op **ops, size_t count);
 
 /* Done operations, oldest first; each with a reference that is now the caller's. Waits for at least `min` of them or

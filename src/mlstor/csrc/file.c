@@ -304,6 +304,8 @@ int mls_file_write_tail(mls_file *file, const void *bytes, size_t nbytes, uint64
     return written < 0 ? (int)written : 0;
 }
 
+int mls_file_path(const mls_file *file) { return atomic_load(&file->confirmed); }
+
 int mls_file_close(mls_file *file)
 {
     int fd = file->fd;

@@ -71,6 +71,7 @@ int mls_file_write_tail(mls_file *file, const void *bytes, size_t nbytes, uint64
 int64_t mls_pwrite_all(int fd, const void *bytes, uint64_t nbytes, uint64_t offset);
 int64_t mls_pread_all(int fd, void *bytes, uint64_t nbytes, uint64_t offset, uint32_t align);
 
+int mls_file_path(const mls_file *file); /* enum mls_path: as far as it is known by now */
 int mls_file_close(mls_file *file);   /* 0 or -errno: some file systems report a failed upload only here */
 int mls_file_publish(mls_file *file); /* rename(temporary, path): 0 or -errno */
 int mls_file_open_dir(const mls_file *file); /* its directory, for fsync: a descriptor or -errno */

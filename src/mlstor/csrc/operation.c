@@ -102,7 +102,8 @@ void mls_op_fail(mls_op *op, int error, int stage, uint64_t offset)
     int before = atomic_load(&op->failed);
     /* blocks behind the end of a short file may be found missing before the one that holds it */
     bool nearer = before == MLS_ESHORT && error == MLS_ESHORT && offset < op->result.error_offset;
-    if (!op->ended && (!before || nearer)) {
+    bool too_late = op->ended || (op->published && error == MLS_ECANCELED);
+    if (!too_late && (!before || nearer)) {
         op->result.error = error;
         op->result.stage = stage;
         op->result.error_offset = offset;

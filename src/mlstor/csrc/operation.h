@@ -135,6 +135,7 @@ typedef struct mls_op {
     int dir_fd;
     struct mls_io *sync_io;
     bool late_done, probing;
+    size_t unclaimed;       /* units from here on were never taken, where the operation ended early */
     bool opened;            /* counts among the engine's open files; under its lock */
     _Atomic uint64_t transferred, zero_copy, staged;
 
@@ -144,8 +145,9 @@ typedef struct mls_op {
     int crew;
     _Atomic bool done;
 
-    pthread_mutex_t lock;   /* damage, first error, ended */
+    pthread_mutex_t lock;   /* damage, first error, ended, published */
     bool ended;             /* the result is settled: no error is taken any more */
+    bool published;         /* the file has its name: too late to cancel */
     mls_result result;
 } mls_op;
 

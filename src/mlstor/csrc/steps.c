@@ -28,6 +28,16 @@ static uint64_t tail_start(const mls_op *op)
     return op->file_nbytes / align * align;
 }
 
+/* Ranges of an operation that failed before they were taken: each is reported, or its caller would wait for ever. */
+static void report_unclaimed(const mls_op *op)
+{
+    int error = atomic_load(&op->failed);
+    for (size_t i = op->unclaimed; error && i < op->nunits; i++) {
+        mls_range_done done = {op->tags[i], -(int64_t)(error == MLS_ECANCELED ? ECANCELED : error), 0};
+        mls_range_queue_push(op->ranges_queue, &done, 1);
+    }
+}
+
 static void finish(mls_worker *worker, mls_op *op)
 {
     mls_file *file = op->file;
@@ -48,7 +58,10 @@ static void finish(mls_worker *worker, mls_op *op)
     result->align = file->align;
     result->file_nbytes = file->nbytes;
     result->direct = atomic_load(&file->confirmed);
-    if (op->kind != MLS_OP_RANGES) { /* their file is shared by operations that are still under way */
+    if (op->kind == MLS_OP_RANGES) {
+        mls_worker_flush_ranges(worker);
+        report_unclaimed(op);
+    } else { /* their file is shared by operations that are still under way */
         memcpy(result->reason, file->reason, sizeof result->reason);
         mls_file_close(file); /* an error of a read-only close says nothing about what was read */
         if (file->temporary) {
@@ -66,8 +79,8 @@ static void fail_and_finish(mls_worker *worker, mls_op *op, int error, int stage
     finish(worker, op);
 }
 
-/* Units [begin, end) may be taken, in front of the queue: what was begun is ended before more is opened. At first one
- * only, if direct I/O has not been seen to work here. `avail` is set last: nobody can take one before. */
+/* Units [begin, end) may be taken, in front of the queue of its crew: what was begun is ended before more is opened. At
+ * first one only, if direct I/O has not been seen to work here. `avail` is set last: nobody can take one before. */
 static void begin_phase(mls_worker *worker, mls_op *op, size_t begin, size_t end, int crew)
 {
     mls_engine *engine = worker->engine;
@@ -83,9 +96,12 @@ static void begin_phase(mls_worker *worker, mls_op *op, size_t begin, size_t end
      * not end the operation before it is queued. */
     pthread_mutex_lock(&engine->lock);
     mls_crew_dequeue_locked(&engine->crews[op->crew], op);
+    bool same = op->crew == crew;
     op->crew = crew;
+    /* What comes from the other crew has waited its turn there, and does so here. */
     if (begin != end)
-        mls_crew_enqueue_locked(&engine->crews[crew], op, true);
+        mls_crew_enqueue_locked(&engine->crews[crew], op, same);
+    op->unclaimed = end;
     atomic_store(&op->state, MLS_STATE_DATA);
     atomic_store(&op->remaining, end - begin);
     atomic_store(&op->phase_end, end);
@@ -102,7 +118,8 @@ static void begin_phase(mls_worker *worker, mls_op *op, size_t begin, size_t end
 static void start_data(mls_worker *worker, mls_op *op)
 {
     mls_engine *engine = worker->engine;
-    uint64_t align = op->file->direct ? op->file->align.offset_align : 1;
+    bool writing = op->kind == MLS_OP_WRITE;
+    uint64_t align = writing ? op->file->align.offset_align : op->file->align.read_offset_align; /* 1 where buffered */
     bool threads = !op->file->direct && engine->crews[MLS_CREW_DIRECT].backend != &mls_backend_threads;
     int error = 0;
     if (!op->block_bytes)
@@ -112,7 +129,7 @@ static void start_data(mls_worker *worker, mls_op *op)
     if (op->block_bytes > engine->config.block_bytes)
         error = -EINVAL; /* the file system's alignment is larger than a staging slot */
     if (!error && op->kind != MLS_OP_RANGES)
-        error = mls_plan_units(op, op->kind == MLS_OP_WRITE ? tail_start(op) : UINT64_MAX);
+        error = mls_plan_units(op, writing ? tail_start(op) : UINT64_MAX);
     if (error) {
         fail_and_finish(worker, op, -error, MLS_STAGE_OPEN, 0);
         return;
@@ -251,6 +268,9 @@ static bool commit(mls_worker *worker, mls_op *op)
         mls_op_fail(op, -error, MLS_STAGE_RENAME, 0);
         return true;
     }
+    pthread_mutex_lock(&op->lock);
+    op->published = true;
+    pthread_mutex_unlock(&op->lock);
     if (!(op->steps & MLS_STEP_FSYNC_DIR))
         return true;
     op->dir_fd = mls_file_open_dir(op->file);

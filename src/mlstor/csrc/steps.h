@@ -16,6 +16,9 @@ void mls_steps_advance(mls_worker *worker, mls_op *op, int error);
 /* A buffered block was transferred: start its write-back, or drop it from the cache, as the steps say. */
 void mls_steps_settle(mls_op *op, uint64_t offset, uint64_t nbytes);
 
+/* worker.c: hands over the ranges that are done. */
+void mls_worker_flush_ranges(mls_worker *worker);
+
 /* worker.c: submits a sync of `fd`; mls_steps_advance follows. */
 void mls_worker_sync(mls_worker *worker, mls_op *op, int fd, int kind);
 

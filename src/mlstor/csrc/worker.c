@@ -50,6 +50,7 @@ static bool abandon_rest(mls_op *op)
     size_t end = atomic_load(&op->phase_end);
     size_t next = atomic_exchange(&op->next, end);
     size_t skipped = next < end ? end - next : 0;
+    op->unclaimed = next < end ? next : end;
     return skipped && atomic_fetch_sub(&op->remaining, skipped) == skipped;
 }
 
@@ -176,6 +177,7 @@ static void transfer(mls_worker *worker, mls_op *op, size_t index)
     io->io_offset = begin;
     io->io_nbytes = end - begin;
     io->done_nbytes = io->reached_nbytes = 0;
+    io->tries = 0;
     io->confirm = file->direct && !atomic_load_explicit(&file->confirming, memory_order_relaxed) &&
                   !atomic_exchange(&file->confirming, true);
     if (io->confirm && !writing) /* what others left in the cache would be taken for ours */
@@ -231,7 +233,7 @@ static void fill(mls_worker *worker)
 
 /* ---- completing ---- */
 
-static void flush_ranges(mls_worker *worker)
+void mls_worker_flush_ranges(mls_worker *worker)
 {
     if (worker->nranges)
         mls_range_queue_push(worker->ranges_queue, worker->ranges, worker->nranges);
@@ -242,7 +244,7 @@ static void report_range(mls_worker *worker, const mls_io *io, int64_t result, u
 {
     mls_op *op = io->op;
     if (worker->nranges == MLS_RANGE_BATCH || worker->ranges_queue != op->ranges_queue)
-        flush_ranges(worker);
+        mls_worker_flush_ranges(worker);
     worker->ranges_queue = op->ranges_queue;
     worker->ranges[worker->nranges++] =
         (mls_range_done){op->tags[io->unit], result, now - io->submit_ns};
@@ -288,16 +290,20 @@ static void deliver_in_turn(mls_worker *worker, mls_io *io)
 /* What a completion means for its transfer. */
 enum outcome { OUTCOME_COMPLETE, OUTCOME_AGAIN, OUTCOME_SHORT, OUTCOME_ERROR };
 
+/* A transfer that the kernel keeps putting off is given up after so many tries in a row. */
+#define MOST_TRIES 10000
+
 /* Takes a result into account; `needed` bytes of the transfer are wanted. */
 static enum outcome judge(mls_io *io, uint64_t needed)
 {
-    if (io->result == -EINTR || io->result == -EAGAIN)
+    if ((io->result == -EINTR || io->result == -EAGAIN) && ++io->tries < MOST_TRIES)
         return OUTCOME_AGAIN;
     if (io->result < 0)
         return OUTCOME_ERROR;
     uint64_t reached = io->done_nbytes + (uint64_t)io->result;
     bool progress = reached > io->reached_nbytes;
     io->reached_nbytes = progress ? reached : io->reached_nbytes;
+    io->tries = 0;
     if (reached >= needed)
         return OUTCOME_COMPLETE;
     return progress ? OUTCOME_AGAIN : OUTCOME_SHORT;
@@ -337,7 +343,7 @@ static void finish_range(mls_worker *worker, mls_io *io, int error, uint64_t now
     report_range(worker, io, error ? -(int64_t)error : (int64_t)unit->nbytes, now);
     release(worker, io);
     if (atomic_fetch_sub(&op->remaining, 1) == 1) {
-        flush_ranges(worker);
+        mls_worker_flush_ranges(worker);
         mls_steps_advance(worker, op, 0);
     }
 }
@@ -350,13 +356,13 @@ static void complete_transfer(mls_worker *worker, mls_io *io, uint64_t now)
     bool writing = op->kind == MLS_OP_WRITE;
     uint64_t needed = writing ? io->io_nbytes : unit->offset + unit->nbytes - io->io_offset;
     enum outcome outcome = judge(io, needed);
-    if (outcome == OUTCOME_AGAIN) {
+    if (outcome == OUTCOME_AGAIN && !atomic_load(&op->failed)) {
         go_on(worker, io);
         return;
     }
     worker->in_flight_bytes -= io->io_nbytes;
     adapt_window(worker, io->io_nbytes, now - io->submit_ns);
-    int error = outcome == OUTCOME_ERROR ? (int)-io->result : outcome == OUTCOME_SHORT ? (writing ? EIO : MLS_ESHORT) : 0;
+    int error = outcome == OUTCOME_AGAIN ? atomic_load(&op->failed) : outcome == OUTCOME_ERROR ? (int)-io->result : outcome == OUTCOME_SHORT ? (writing ? EIO : MLS_ESHORT) : 0;
     if (io->zero_copy)
         add_user_memory(worker, -1);
     if (error && op->probing && file->direct && (error == EINVAL || error == EOPNOTSUPP)) {
@@ -480,7 +486,7 @@ void *mls_worker_main(void *argument)
         mark = now;
         for (size_t i = 0; i < ndone; i++)
             complete(worker, done[i], now);
-        flush_ranges(worker);
+        mls_worker_flush_ranges(worker);
     }
     if (worker->current)
         mls_op_unref(worker->current);

@@ -12,7 +12,6 @@ typedef struct mls_crew mls_crew;
 typedef struct mls_worker {
     mls_engine *engine;
     mls_crew *crew;
-    unsigned index;
     pthread_t thread;
     void *state;              /* the backend's */
     int setup_error;
