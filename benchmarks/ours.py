@@ -98,7 +98,7 @@ def random_reads(job: Job) -> Sample:
     from mlstor._io import open_ranges
     from mlstor.operations import DONE_DTYPE, RANGE_DTYPE
 
-    engine = Engine(workers=1, depth=RANDOM_DEPTH)
+    engine = Engine(workers=1, depth=RANDOM_DEPTH, block_bytes=64 << 10)  # slots of what is read, not of checkpoints
     buffer = AlignedBuffer(RANDOM_WINDOW * RANDOM_BYTES)
     file = open_ranges(engine, job.path)
     done = numpy.zeros(RANDOM_WINDOW, DONE_DTYPE)
@@ -126,7 +126,7 @@ def random_reads(job: Job) -> Sample:
             finished += count
 
     sample, finished = measure(job, work)
-    path = f"{engine.backend}, direct"
+    path = f"{engine.backend}, direct {file.direct}"
     engine.close()
     require_uncached([Path(job.path)])  # or the reads came through the page cache, and are no figure
     return dataclasses.replace(sample, nbytes=finished * RANDOM_BYTES, operations=finished, detail={"path": path})
