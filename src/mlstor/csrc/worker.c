@@ -154,6 +154,15 @@ void mls_worker_sync(mls_worker *worker, mls_op *op, int fd, int kind)
     submit(worker, io);
 }
 
+/* btrfs, which does not report its alignment, reads through the page cache into memory that has never been touched. */
+static void touch_destination(unsigned char *bytes, uint64_t nbytes)
+{
+    volatile unsigned char *page = bytes; /* about to be overwritten */
+    for (uint64_t i = 0; i < nbytes; i += 4096)
+        page[i] = 0;
+    page[nbytes - 1] = 0;
+}
+
 static void transfer(mls_worker *worker, mls_op *op, size_t index)
 {
     const mls_unit *unit = &op->units[index];
@@ -182,6 +191,8 @@ static void transfer(mls_worker *worker, mls_op *op, size_t index)
                   !atomic_exchange(&file->confirming, true);
     if (io->confirm && !writing) /* what others left in the cache would be taken for ours */
         posix_fadvise(file->fd, (off_t)begin, (off_t)(end - begin), POSIX_FADV_DONTNEED);
+    if (!writing && in_place && file->direct && file->align.direct_supported == MLS_DIRECT_UNKNOWN)
+        touch_destination(in_place, end - begin);
     if (writing && in_place)
         mls_plan_gather(op, unit->first_extent, begin, end - begin, NULL, !second_pass, true);
     else if (writing)
