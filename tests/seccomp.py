@@ -18,13 +18,16 @@ LD_NR, JGE, JGT, RET = 0x20, 0x35, 0x25, 0x06
 IO_URING_SETUP, IO_URING_REGISTER = 425, 427  # the same on every architecture; io_uring_enter is 426
 
 
-def refuse_io_uring(error: int) -> None:
-    """Make the io_uring calls of this process, and of what it becomes, fail with `error`. Can't be undone."""
+def refuse_io_uring(error: int, first: int = IO_URING_SETUP) -> None:
+    """Make the io_uring calls of this process from `first` on, and of what it becomes, fail with `error`.
+
+    Can't be undone.
+    """
     program = b"".join(
         struct.pack("=HBBI", *instruction)
         for instruction in (
             (LD_NR, 0, 0, 0),
-            (JGE, 0, 2, IO_URING_SETUP),
+            (JGE, 0, 2, first),
             (JGT, 1, 0, IO_URING_REGISTER),
             (RET, 0, 0, RET_ERRNO | error),
             (RET, 0, 0, RET_ALLOW),

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import launchers
 import pytest
-from checkpoint_support import MODULE, Bench, Ran, Underway, journal_lines
+from checkpoint_support import MIB, MODULE, Bench, Ran, Underway, journal_lines, need
 
+from mlstor.host import describe
 from mlstor.results import journal
 
 SECCOMP = Path(__file__).parent / "seccomp.py"
@@ -77,6 +78,59 @@ def test_a_narrow_binding_is_warned_of_with_what_widens_it(bench: Bench) -> None
     assert ran.record.phases[0].processes.cores_allowed == [1, 1]
     assert ran.out.count("warning: bound to 1 core") == 1
     assert "--bind-to none" in ran.out
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core can't be bound more narrowly")
+def test_a_narrow_process_is_warned_of_whichever_it_is(bench: Bench) -> None:
+    mpi = launchers.find("openmpi")
+    wide = describe().affinity
+    rank = [mpi.python, *MODULE, *bench.arguments(bench.target)]
+    core = str(min(os.sched_getaffinity(0)))
+    words = [*mpi.mpirun, *mpi.unbound, "-n", "1", *rank, ":", "-n", "1", need("taskset"), "-c", core, *rank]
+    done = launchers.run(words, bench.directory)
+    ran = Ran(done.returncode, done.stdout, done.stderr, bench.results)
+    assert ran.code == 0, ran.err
+    host = ran.record.hosts[0]
+    assert (host.affinity, host.affinity_narrow, host.affinities) == (wide, True, [wide, core])
+    assert ran.out.count("warning: bound to 1 core") == 1
+    assert "(1 of 2 processes are bound)" in " ".join(ran.out.split())
+
+
+def test_each_target_has_its_own_settings(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever of them is named first."""
+    small, plain = bench.directory / "small", bench.directory / "plain"
+    small.mkdir()
+    plain.mkdir()
+    profile = bench.directory / "profile.yaml"
+    profile.write_text(f"targets:\n  {small}: {{block_bytes: 8KiB, direct: off}}\n  {plain}: {{direct: auto}}\n")
+    monkeypatch.setenv("MLSTOR_PROFILE", str(profile))
+    for targets in ((small, plain), (plain, small)):
+        ran = bench.run(*targets)
+        assert ran.code == 0, ran.err
+        record = ran.record
+        assert {target.path: (target.block_bytes, target.direct) for target in record.targets} == {
+            str(small): (8192, "off"), str(plain): (automatic_block(plain), "auto"),
+        }  # fmt: skip
+        assert record.workload.block_bytes == automatic_block(plain)
+        layout = bench.layout()
+        of_small = [file.nbytes for rank in range(targets.index(small), 8, 2) for file in layout.files(rank)]
+        blocks = sum(-(-nbytes // 8192) for nbytes in of_small)
+        for phase in record.phases:
+            # elsewhere each file is a block, and under O_DIRECT its last bytes
+            assert blocks < phase.histograms[phase.op].count <= blocks + 3 * 8
+            buffered = sum(path.nbytes for path in phase.paths if path.direct == "no")
+            assert buffered in (sum(of_small), layout.total_nbytes)
+
+
+def test_the_record_has_what_was_automatic(bench: Bench) -> None:
+    work = bench("--workers", 1).record.workload
+    assert (work.block_bytes, work.depth, work.workers) == (automatic_block(bench.target), 8, 1)
+    assert bench("--block", "64KiB", "--depth", 3).record.workload.block_bytes == 65536
+
+
+def automatic_block(directory: Path) -> int:
+    """1 MiB, or up to 4 MiB where the file system prefers more."""
+    return min(max(1 * MIB, directory.stat().st_blksize), 4 * MIB)
 
 
 def test_more_processes_than_ranks(bench: Bench) -> None:

@@ -98,7 +98,10 @@ def test_writes_are_32_mib_in_sequence_each_dropped_with_one_fsync_at_the_end(be
         assert all("POSIX_FADV_DONTNEED" in call.arguments for call in rest if call.name == "fadvise64")
         assert all(call.result == call.numbers[0] for call in rest if call.name == "pwrite64")
     record = ran.record
-    assert record.workload.steps == ["write", "fsync"]
+    work = record.workload
+    assert work.steps == ["write", "fadvise_dontneed", "fsync"]
+    assert (work.block_bytes, work.depth, work.backend) == (32 * MIB, 1, "threads")
+    assert not {"block_bytes", "depth", "workers", "backend", "direct"} & record.settings.keys()
     assert [path.direct for path in record.phases[0].paths] == ["no"]
 
 

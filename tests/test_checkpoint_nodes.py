@@ -72,6 +72,15 @@ def test_a_shared_directory_with_a_rank_shift_to_the_other_node(nodes: Nodes) ->
     assert all(check.needed >= nodes.bench.layout().total_nbytes for check in room)
 
 
+def test_a_rank_shift_proves_the_first_read_of_a_checkpoint_alone(nodes: Nodes) -> None:
+    """What a host has read through its own cache, the cache may answer the next time."""
+    options = ("--rank-shift", 4, "--direct", "off", "--no-evict", "--writes", 2, "--reads", 3)
+    ran = nodes.run(["", ""], *options, nodes.bench.target)
+    assert ran.code == 0, ran.err
+    reads = [(phase.checkpoint, phase.cached.verdict) for phase in ran.record.phases if phase.op == "read"]
+    assert reads == [(1, "no"), (2, "no"), (1, "unknown")]
+
+
 def test_drives_per_node(nodes: Nodes) -> None:
     """Manifest, room and files are per host; who lacks files is named; what one host wrote can be read there again."""
     bench = nodes.bench
@@ -119,3 +128,23 @@ def test_a_directory_per_host_on_one_file_system(nodes: Nodes) -> None:
         assert {name.split("_")[3] for name in names} == set(ranks)
     assert nodes.bench.command("clean", "run", pattern).code == 0
     assert nodes.bench.files() == {}
+
+
+@pytest.mark.parametrize(
+    ("options", "scarce"), [("size=1200k", "has room for"), ("size=64m,nr_inodes=22", "free inodes")]
+)
+def test_hosts_with_directories_on_one_file_system_need_room_together(nodes: Nodes, options: str, scarce: str) -> None:
+    """There is enough for each of them alone."""
+    target = nodes.bench.target
+    subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", target], check=True)
+    try:
+        for host in HOSTS:
+            (target / host).mkdir()
+        ran = nodes.run(["", ""], "--run-id", "run", target / "{host}")
+        assert ran.code == 2, ran.err
+        assert scarce in ran.sentence
+        assert nodes.bench.files() == {}
+        alone = nodes.bench.run("--run-id", "run", "--only-ranks", "0-3", target / HOSTS[0])
+        assert alone.code == 0, alone.err
+    finally:
+        subprocess.run(["umount", target], check=True)

@@ -43,6 +43,10 @@ def refused(ran: Ran, *parts: str) -> str:
         (["--pause", "-1s"], ["--pause"]),
         (["--backend", "aio"], ["--backend", "io_uring"]),
         (["--profile", "fast"], ["--profile", "mlperf"]),
+        (
+            ["--profile", "mlperf", "--backend", "io_uring", "--block", "1MiB", "--depth", "4", "--workers", "9"],
+            ["--profile mlperf fixes block", "leave out --block, --depth, --workers, --backend"],
+        ),
         (["--run-id", "../x"], ["--run-id"]),
         (["--expect-ranks", "4"], ["--expect-ranks 4, but without a launcher there is 1 rank"]),
         (["--expect-nodes", "0"], ["--expect-nodes 0 is too low"]),
@@ -71,9 +75,18 @@ def test_model_help_lists_the_models(bench: Bench) -> None:
     assert "opt-175b-full" in listed.out
 
 
-@pytest.mark.parametrize("options", [["--wirtes", "4"], ["/no/such/directory"]])
-def test_under_mpirun_the_sentence_is_said_once(bench: Bench, options: list[str]) -> None:
-    refused(bench.mpi(2, *options, bench.target))
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--wirtes", "4"], "--wirtes"),
+        (["--model", "llama3-80b"], "mlstor: unknown model 'llama3-80b'"),
+        (["/no/such/directory"], "mlstor: /no/such/directory doesn't exist"),
+    ],
+)
+def test_under_mpirun_the_sentence_is_said_once(bench: Bench, options: list[str], sentence: str) -> None:
+    """And not once more for each rank that the launcher stops because rank 0 has left."""
+    paths = [] if Path(options[0]).is_absolute() else [bench.target]
+    refused(bench.mpi(8, *options, *paths), sentence)
 
 
 def test_under_mpirun_a_wrong_number_of_ranks_is_refused(bench: Bench) -> None:
@@ -140,6 +153,27 @@ def test_memory_is_not_storage(bench: Bench, tmpfs_mount: Callable[[int], Path])
     record = ran.record
     assert record.targets[0].is_memory
     assert record.phases[1].cached.verdict == "yes"
+
+
+def test_a_file_system_in_an_image_in_memory_is_memory_too(
+    bench: Bench, tmpfs_mount: Callable[[int], Path], overlay_mount: Path
+) -> None:
+    below = tmpfs_mount(40 * MIB)
+    image, mount = below / "image", below / "mnt"
+    with image.open("wb") as file:
+        file.truncate(32 * MIB)
+    mount.mkdir()
+    subprocess.run(["mkfs.ext4", "-q", "-F", image], check=True)
+    subprocess.run(["mount", "-o", "loop", image, mount], check=True)
+    try:
+        for path in (mount, overlay_mount):
+            ran = bench.run("--reads", 1, path)
+            assert ran.code == 0, ran.err
+            assert ran.record.targets[0].is_memory
+            cached = ran.record.phases[1].cached
+            assert (cached.verdict, cached.how) == ("yes", "the files are in memory")
+    finally:
+        subprocess.run(["umount", mount], check=True)
 
 
 def test_the_rule_of_three_times_the_clients_memory(bench: Bench) -> None:

@@ -109,6 +109,13 @@ def test_a_write_only_run_is_read_by_another_process_of_its_id_and_then_cleaned(
     assert "no run 'run'" in bench.command("clean", "run", bench.target).sentence
 
 
+def test_a_read_only_run_records_the_compressibility_of_what_it_reads(bench: Bench) -> None:
+    bench("--run-id", "run", "--reads", 0, "--compressibility", 30)
+    read = bench("--run-id", "run", "--writes", 0, "--compressibility", 50).record
+    assert read.workload.compressibility_percent == 30
+    assert read.phases[0].verification.damaged_blocks == 0
+
+
 def test_another_number_of_processes_reads_what_one_wrote(bench: Bench) -> None:
     bench("--run-id", "run", "--reads", 0)
     read = bench.mpi(3, "--run-id", "run", "--writes", 0, "--deal", "round-robin", bench.target)
@@ -126,6 +133,8 @@ def test_only_ranks_writes_theirs_alone_and_others_are_not_there_to_read(bench: 
     assert "no files of rank 0" in refused.sentence
     ran = bench("--run-id", "run", "--only-ranks", "5", "--writes", 0)
     assert ran.record.phases[0].ranks.rank == [5]
+    assert ran.record.workload.ranks_meaning.startswith("rank 5 of all 8 ranks of llama3-8b")
+    assert "rank 5 of all 8 ranks" in " ".join(ran.out.split())
 
 
 def test_a_subset_is_the_first_ranks_of_the_whole(bench: Bench) -> None:

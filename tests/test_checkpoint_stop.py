@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import pkgutil
 import signal
 import time
+from typing import Any
 
 import launchers
 import pytest
@@ -88,6 +90,42 @@ def test_a_signal_in_a_pause(bench: Bench, signum: signal.Signals) -> None:
     ran = underway.wait()
     assert ran.code == 128 + signum
     check_partial(bench, ran, None)
+
+
+@pytest.mark.parametrize("signum", SIGNALS)
+@pytest.mark.parametrize(
+    ("moment", "recorded"),
+    [
+        ("mlstor.checkpoint.rundir.save", False),
+        ("mlstor.results.journal.find_unfinished", False),
+        ("mlstor.checkpoint.run.Runner._phase", True),
+    ],
+)
+def test_a_signal_between_the_claim_and_the_first_phase(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, moment: str, recorded: bool, signum: signal.Signals
+) -> None:
+    module, name = moment.rsplit(".", 1)
+    owner = pkgutil.resolve_name(module)
+    former = getattr(owner, name)
+
+    def stop(*args: Any, **named: Any) -> Any:
+        result = former(*args, **named) if name == "save" else None
+        os.kill(os.getpid(), signum)
+        time.sleep(10)  # the signal ends this
+        return result
+
+    monkeypatch.setattr(owner, name, stop)
+    ran = bench.run("--run-id", "run", bench.target)
+    monkeypatch.undo()
+    assert ran.code == 128 + signum
+    assert ran.err == f"mlstor: stopped by {signum.name}\n"
+    assert f"mlstor clean run {bench.target}" in ran.out
+    assert bench.files() == {"run/manifest.json": (bench.target / "run/manifest.json").stat().st_size}
+    if recorded:
+        check_partial(bench, ran, None)
+    else:
+        assert list(bench.results.rglob("*")) == []
+        check_clean(bench)
 
 
 @pytest.mark.parametrize(("phase", "signum"), [("write", signal.SIGTERM), ("read", signal.SIGINT)])

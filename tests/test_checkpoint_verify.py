@@ -164,7 +164,7 @@ def test_a_file_cut_short_between_the_phases_fails_the_run_naming_it(bench: Benc
     ran = broken_after_the_write(bench, cut)
     path = bench.file("run", NAMES[2])
     assert ran.code == 1
-    assert "the file is shorter than it should be: it ends at byte 5000" in ran.sentence
+    assert "the file is shorter than it should be: bytes from 5000 on are missing" in ran.sentence
     assert str(path) in ran.sentence
     record = ran.record
     assert (record.status, [phase.op for phase in record.phases]) == ("failed", ["write", "read"])

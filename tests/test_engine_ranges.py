@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import gc
-from collections.abc import Iterator
+import signal
+import time
+import weakref
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-from engine_support import BACKENDS, BLOCK, DIRECTS, engines, memory, noise, small_engine
+from engine_support import BACKENDS, BLOCK, DIRECTS, engines, finish, memory, noise, python, small_engine
 
 from mlstor._io import Engine, RangeFile, open_ranges
-from mlstor.operations import DONE_DTYPE, RANGE_DTYPE
+from mlstor.operations import DONE_DTYPE, RANGE_DTYPE, Extent, Late, Step, WriteFile
 
 NBYTES = 40 * BLOCK + 100
 
@@ -174,3 +178,138 @@ def test_a_closed_engine_ends_its_range_files(path: Path) -> None:
         file.submit(ranges((0, 0, 1, 0)))
     with pytest.raises(ValueError, match="closed"):
         file.reap(np.zeros(1, dtype=DONE_DTYPE))
+
+
+def many(count: int, nbytes: int = 4096) -> np.ndarray:
+    """`count` ranges of `nbytes`, tagged from 0 on, all over the file."""
+    asked = np.zeros(count, dtype=RANGE_DTYPE)
+    asked["tag"] = np.arange(count)
+    asked["offset"] = np.arange(count) % (NBYTES // nbytes) * nbytes
+    asked["nbytes"] = nbytes
+    return asked
+
+
+@pytest.mark.parametrize("direct", DIRECTS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_ranges_that_were_cancelled_are_all_reported(path: Path, backend: str, direct: str) -> None:
+    batches, each = 4, 50_000
+    with small_engine(backend, workers=1, depth=2, block_bytes=4096) as engine:
+        file = open_ranges(engine, path, direct)
+        for _ in range(batches):
+            file.submit(many(each))
+        engine.cancel()
+        assert engine.drain(30)
+        assert file.outstanding == batches * each
+        done = reap_all(file)
+        assert file.outstanding == 0
+    tags, counts = np.unique(done["tag"], return_counts=True)
+    assert len(tags) == each
+    assert set(counts) == {batches}
+    assert set(done["result"].tolist()) <= {4096, -errno.ECANCELED}
+    assert (done["result"] == -errno.ECANCELED).any()
+
+
+INTERRUPTED = """
+    import errno, sys
+    import numpy as np
+    from mlstor._io import Engine, open_ranges
+    from mlstor.operations import DONE_DTYPE, RANGE_DTYPE
+    path, backend = sys.argv[1:]
+    engine = Engine(backend="auto" if backend == "io_uring" else backend, workers=1, depth=2, block_bytes=1 << 20)
+    with open(path, "wb") as file:
+        file.truncate(1 << 30)
+    file = open_ranges(engine, path)
+    ranges = np.zeros(1 << 20, RANGE_DTYPE)
+    ranges["nbytes"] = 1 << 20
+    file.submit(ranges)
+    done = np.zeros(len(ranges), DONE_DTYPE)
+    print("begin", flush=True)
+    try:
+        file.reap(done, min_done=len(done))
+    except KeyboardInterrupt:
+        print("interrupted", flush=True)
+    print(engine.drain(20))
+    rest = np.zeros(file.outstanding, DONE_DTYPE)
+    print(file.reap(rest, min_done=len(rest)) == len(rest) > 0, bool((rest["result"] == -errno.ECANCELED).any()))
+    engine.close()
+"""
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_ctrl_c_in_reap_cancels_the_ranges_that_have_not_begun(tmp_path: Path, backend: str) -> None:
+    process = python(INTERRUPTED, tmp_path / "file", backend)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "begin\n"
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    assert process.stdout.readline() == "interrupted\n"
+    rest = process.stdout.read()
+    finish(process)
+    assert rest.splitlines() == ["True", "True True"]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_buffer_of_a_finished_batch_is_freed_while_another_is_outstanding(
+    path: Path, content: bytes, backend: str
+) -> None:
+    import threading
+
+    reached, opened = threading.Event(), threading.Event()
+
+    def late(digests: object) -> bytes:
+        reached.set()
+        assert opened.wait(30)
+        return b"late"
+
+    with small_engine(backend, workers=1, depth=1) as engine:
+        file = open_ranges(engine, path)
+        first, second = np.zeros(BLOCK, np.uint8), np.zeros(BLOCK, np.uint8)
+        references = weakref.ref(first), weakref.ref(second)
+        file.submit(ranges((1, 0, BLOCK, 0)), first)
+        # The only worker waits in it, after the first batch and before the second.
+        gate = WriteFile(path.with_name("gate"), [Extent(0, 4, Late(late)), Extent(4, BLOCK, bytes(BLOCK))], Step(0))
+        engine.submit([gate])
+        file.submit(ranges((2, BLOCK, BLOCK, 0)), second)
+        assert reached.wait(30)
+        assert file.reap(np.zeros(2, dtype=DONE_DTYPE), min_done=1, timeout_s=30) == 1
+        assert bytes(first) == content[:BLOCK]
+        del first, second
+        gc.collect()
+        try:
+            assert file.outstanding == 1
+            assert [reference() is None for reference in references] == [True, False]
+        finally:
+            opened.set()
+        reap_all(file)
+        gc.collect()
+        assert references[1]() is None
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("kind", "expected"), [("ext4", "yes"), ("tmpfs", "no")])
+def test_a_file_says_how_its_ranges_are_read(
+    shared_fs: Callable[[str], Path], content: bytes, backend: str, kind: str, expected: str
+) -> None:
+    path = shared_fs(kind) / "file"
+    with small_engine(backend) as engine:
+        engine.write_file(path, content)
+        file = open_ranges(engine, path)
+        file.submit(many(20))
+        assert (reap_all(file)["result"] == 4096).all()
+        assert file.direct == expected
+        buffered = open_ranges(engine, path, "off")
+        buffered.submit(many(20))
+        reap_all(buffered)
+        assert buffered.direct == "no"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("direct", DIRECTS)
+def test_arrays_are_served_in_the_order_of_submission(path: Path, backend: str, direct: str) -> None:
+    with small_engine(backend, workers=1, depth=1) as engine:
+        file = open_ranges(engine, path, direct)
+        for array in range(8):
+            asked = many(50)
+            asked["tag"] += 50 * array
+            file.submit(asked)
+        assert reap_all(file)["tag"].tolist() == list(range(400))

@@ -74,12 +74,32 @@ def test_loops_are_runs_of_their_own(tmp_path, outside):
 
 def test_the_exit_code_under_mpirun_is_passed_on_and_ends_the_loops(tmp_path, outside):
     find("openmpi")
-    words = command(tmp_path, RUN, *AS_ROOT, "--loops", "3")
-    shutil.rmtree(tmp_path / "ckpt")
-    ended = done(tmp_path, words)
+    (tmp_path / "results").touch()
+    ended = done(tmp_path, command(tmp_path, RUN, *AS_ROOT, "--loops", "3"))
     assert ended.returncode == 2
-    assert ended.stderr.count("doesn't exist") == 1
+    assert ended.stderr.count("can't be made") == 1
     assert "Traceback" not in ended.stderr
+
+
+def test_a_missing_checkpoint_folder_is_made_once_and_said(tmp_path, outside):
+    mpi = find("openmpi")
+    words = command(tmp_path, RUN)
+    shutil.rmtree(tmp_path / "ckpt")
+    words[words.index("-cf") + 1] += "/below"
+    ended = done(tmp_path, [*mpi.mpirun, *mpi.unbound, "-n", "2", *words])
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stderr.count(f"note: {tmp_path}/ckpt/below did not exist and was made") == 1
+    assert list((tmp_path / "ckpt").iterdir()) == [tmp_path / "ckpt/below"]
+    assert len(records(tmp_path)) == 1
+
+
+def test_a_checkpoint_folder_that_cannot_be_made_is_one_sentence(tmp_path, outside, capsys):
+    (tmp_path / "file").touch()
+    line = f"{RUN} -cf {tmp_path}/file/ckpt --results-dir {tmp_path}/results"
+    assert cli.main(["mlpstorage", *line.split()]) == 2
+    said = capsys.readouterr().err
+    assert "can't be made: Not a directory" in said
+    assert said.count("\n") == 1
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -142,9 +162,9 @@ def test_without_a_launcher_one_process_runs_all_ranks_and_says_so(tmp_path, out
     assert (record["world"]["processes"], record["world"]["ranks"]) == (1, 2)
 
 
-def test_without_mpi4py_one_process_runs_all_ranks(outside, monkeypatch, capsys):
+def test_without_mpi4py_one_process_runs_all_ranks(tmp_path, outside, monkeypatch, capsys):
     find("openmpi")
-    asked = translate([*RUN.split(), "-cf", "/ckpt"], {})
+    asked = translate([*RUN.split(), "-cf", str(tmp_path)], {})
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     started: list[list[str]] = []
     monkeypatch.setattr(mlpstorage_run.cli, "main", lambda options: started.append(options) or 0)
@@ -153,8 +173,8 @@ def test_without_mpi4py_one_process_runs_all_ranks(outside, monkeypatch, capsys)
     assert "mpi4py is not installed" in capsys.readouterr().err
 
 
-def test_other_hosts_cannot_be_reached_without_a_launcher(outside, monkeypatch):
-    asked = translate([*RUN.split(), "--hosts", "node7", "-cf", "/ckpt"], {})
+def test_other_hosts_cannot_be_reached_without_a_launcher(tmp_path, outside, monkeypatch):
+    asked = translate([*RUN.split(), "--hosts", "node7", "-cf", str(tmp_path)], {})
     monkeypatch.setattr(sys, "executable", "/nonexistent/python")
     monkeypatch.setenv("PATH", "/nonexistent")
     with pytest.raises(UsageError, match=r"there is no mpirun, .*on node7: pip install"):
@@ -172,10 +192,10 @@ def test_inside_a_launcher_its_processes_run_the_ranks(tmp_path, outside):
     assert (record["world"]["processes"], record["world"]["ranks"]) == (2, 4)
 
 
-def test_inside_a_launcher_loops_are_refused(outside, monkeypatch):
+def test_inside_a_launcher_loops_are_refused(tmp_path, outside, monkeypatch):
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
     monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "0")
-    asked = translate([*RUN.split(), "--loops", "2", "-cf", "/ckpt"], {})
+    asked = translate([*RUN.split(), "--loops", "2", "-cf", str(tmp_path)], {})
     with pytest.raises(UsageError, match="MPI begins once in a process"):
         mlpstorage_run.carry_out(asked)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import subprocess
 import sys
 from fractions import Fraction
@@ -11,6 +12,7 @@ from fractions import Fraction
 import pytest
 from rich.console import Console
 
+from mlstor import cli
 from mlstor.checkpoint import models
 from mlstor.checkpoint.layout import Layout
 from mlstor.checkpoint.plan import Plan, plan_json, print_plan, span
@@ -32,11 +34,6 @@ def test_capacity_is_that_of_all_checkpoints_written():
     assert plan.total_nbytes == 112_425_623_552
     assert plan.capacity_nbytes == 10 * 112_425_623_552
     assert plan.ninodes == 10 * (16 + 1) + 3
-
-
-def test_capacity_is_that_of_the_checkpoints_kept():
-    assert plan_of("llama3-8b", writes=10, kept=2).capacity_nbytes == 2 * 112_425_623_552
-    assert plan_of("llama3-8b", writes=1, kept=2).capacity_nbytes == 112_425_623_552
 
 
 def test_read_only_run_needs_no_room():
@@ -68,9 +65,7 @@ def test_hosts_add_up_to_the_plan(how):
 
 
 def test_memory_of_a_host_is_that_of_its_processes():
-    hosts = plan_of("llama3-70b", nhosts=2, nprocs=5, staging_nbytes=1000).hosts
-    assert [(share.nprocs, share.memory_nbytes) for share in hosts] == [(3, 3000), (2, 2000)]
-    hosts = plan_of("llama3-70b", nhosts=2, staging_nbytes=1000).hosts
+    hosts = plan_of("llama3-70b", nhosts=2, process_nbytes=1000).hosts
     assert [share.memory_nbytes for share in hosts] == [32_000, 32_000]
 
 
@@ -85,9 +80,7 @@ def test_only_the_named_ranks_are_planned():
     ("arguments", "complaint"),
     [
         ({"writes": -1}, "--writes -1 is too low"),
-        ({"kept": -1}, "--keep -1 is too low"),
         ({"nhosts": 0}, "--hosts 0 is too low"),
-        ({"nhosts": 4, "nprocs": 2}, "give at most --hosts 2"),
         ({"only": []}, "no rank takes part"),
     ],
 )
@@ -97,7 +90,7 @@ def test_senseless_counts_are_refused(arguments, complaint):
 
 
 def test_json_lists_every_file_in_write_order():
-    plan = plan_of("llama3-405b", writes=10, nhosts=4, staging_nbytes=64 << 20)
+    plan = plan_of("llama3-405b", writes=10, nhosts=4, process_nbytes=192 << 20)
     document = json.loads(plan_json(plan))
     assert document["files"] == [
         {"name": file.name, "bytes": file.nbytes, "rank": file.rank}
@@ -108,9 +101,15 @@ def test_json_lists_every_file_in_write_order():
     assert document["capacity_bytes"] == 56_825_087_918_080
     assert document["nfiles"] == len(document["files"]) == 1544
     assert document["ranks"] == len(document["per_rank"]) == 512
-    assert document["per_rank"][256] == {"rank": 256, "files": 1, "bytes": 9_513_171_840}
-    assert [host["processes"] for host in document["per_host"]] == [128] * 4
-    assert document["memory_bytes_per_process"] == 64 << 20
+    assert document["per_rank"][256] == {
+        "rank": 256,
+        "files": 1,
+        "bytes": 9_513_171_840,
+        "capacity_bytes": 95_131_718_400,
+        "memory_bytes": 192 << 20,
+    }
+    assert [host["memory_bytes"] for host in document["per_host"]] == [128 * (192 << 20)] * 4
+    assert document["memory_bytes_per_process"] == 192 << 20
     assert document["scale"] == "1"
 
 
@@ -120,7 +119,7 @@ def test_json_says_the_scale_as_a_ratio():
 
 
 def test_tables_show_kinds_roles_and_totals():
-    text = printed(plan_of("llama3-405b", writes=10, nhosts=16, how="round-robin", staging_nbytes=64 << 20))
+    text = printed(plan_of("llama3-405b", writes=10, nhosts=16, how="round-robin", process_nbytes=192 << 20))
     for expected in (
         "405,853,388,800 parameters",
         "all 512 ranks of llama3-405b (TP 8 x PP 32 x DP 2)",
@@ -129,7 +128,7 @@ def test_tables_show_kinds_roles_and_totals():
         "12,701,105,024",
         "5.68 TB (5.17 TiB)",
         "56.83 TB",
-        "64.00 MiB of memory per process",
+        "192.00 MiB of memory per process",
     ):
         assert expected in text
 
@@ -155,3 +154,47 @@ def test_planning_imports_neither_numpy_nor_yaml_nor_mpi():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("profile", ["native", "mlperf"])
+def test_the_plans_memory_is_what_a_run_asks_for_before_its_first_byte(bench, capsys, profile):
+    ran = bench("--profile", profile, "--pause", "0s", "--writes", 1, "--reads", 0, "--ranks", 1)
+    (memory,) = (check for check in ran.record.preflight.checks if check.name == "memory")
+    words = bench.arguments("--profile", profile, "--writes", 1, "--ranks", 1, "--plan", "--json")
+    assert cli.main(["checkpoint", *words]) == 0
+    planned = json.loads(capsys.readouterr().out)
+    assert planned["memory_bytes_per_process"] == memory.needed
+    assert planned["memory_bytes_per_process"] > 128 << 20
+
+
+def whole_figures(plan: Plan) -> set[str]:
+    """Every figure of the plan's tables."""
+    sizes = {file.nbytes for file in plan.files()} | {share.nbytes for share in plan.hosts} | {plan.total_nbytes}
+    return {f"{nbytes:,}" for nbytes in sizes}
+
+
+@pytest.mark.parametrize("columns", ["80", "200"])
+def test_a_pipe_gets_every_name_and_figure_whole(columns):
+    words = ["checkpoint", "--plan", "--model", "llama3-1t", "--hosts", "16", "--writes", "10"]
+    done = subprocess.run(
+        [sys.executable, "-m", "mlstor", *words],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "COLUMNS": columns, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert "\u2026" not in done.stdout
+    for whole in ("layer_*-model_*_model_states.pt", "zero_pp_rank_*_mp_rank_*_optim_states.pt"):
+        assert whole in done.stdout
+    for figure in whole_figures(plan_of("llama3-1t", nhosts=16)):
+        assert figure in done.stdout
+
+
+@pytest.mark.parametrize("name", ["llama3-1t", "opt-175b-full", "llama3-8b"])
+def test_a_narrow_terminal_folds_names_and_cuts_nothing(name):
+    plan = plan_of(name, nhosts=4, writes=10, process_nbytes=192 << 20)
+    text = printed(plan, width=80)
+    assert "\u2026" not in text
+    assert max(map(len, text.splitlines())) <= 80
+    for figure in whole_figures(plan):
+        assert figure in text

@@ -227,7 +227,12 @@ def test_a_defect_shows_its_traceback_and_ends_the_run(mpi: launchers.Mpi, tmp_p
 
 
 @pytest.mark.parametrize(
-    ("case", "message"), [("disagree", "rank 1 on .*: the drive is full"), ("all_fail", "no such model")]
+    ("case", "message"),
+    [
+        ("disagree", "rank 1 on .*: the drive is full"),
+        ("all_fail", "told: no such model"),
+        ("leader_fails", "told: no such drive"),
+    ],
 )
 def test_an_error_known_to_all_is_told_once(mpi: launchers.Mpi, tmp_path: Path, case: str, message: str) -> None:
     done = mpi.run(2, "world_case.py", case, cwd=tmp_path)

@@ -24,7 +24,7 @@ from typing import NoReturn
 
 from mlstor import launch, mpi_library
 from mlstor.errors import MlstorError, UsageError, WorldError
-from mlstor.signals import Interrupted
+from mlstor.signals import Interrupted, end_silently
 
 # Pauses of a polled barrier. The first keeps a short wait short, the last keeps a rank that waits for minutes
 # at well under 1% of a core.
@@ -127,27 +127,33 @@ class World(ABC):
     def abort(self, error: BaseException) -> NoReturn:
         """End the run on every rank because of `error` of this rank; alone, raise it."""
 
-    def agree(self, error: MlstorError | None) -> None:
+    def agree(self, error: MlstorError | None, *, took_part: bool = True) -> None:
         """Tell all ranks of this rank's error, or that it has none, and raise on all if any has one.
 
         Every rank calls this, after a step that may fail for a user's mistake, so that the run ends with one
         message and not with one a rank.
+
+        Parameters
+        ----------
+        took_part : bool
+            False on a rank that had no share in the step, so that its silence contradicts nobody.
 
         Raises
         ------
         UsageError
             If the first rank that failed did so with a `UsageError`.
         WorldError
-            If it failed with another error. The message names rank and host unless all ranks say the same.
+            If it failed with another error. The message names rank and host unless all that took part say the
+            same.
         """
         mine = None if error is None else [isinstance(error, UsageError), str(error)]
-        said = [json.loads(text) for text in self.allgather(json.dumps(mine).encode())]
-        failed = [rank for rank, text in enumerate(said) if text is not None]
+        said = [json.loads(text) for text in self.allgather(json.dumps([took_part, mine]).encode())]
+        failed = [rank for rank, (_, text) in enumerate(said) if text is not None]
         if not failed:
             return
         first = failed[0]
-        is_usage, message = said[first]
-        if any(text != said[first] for text in said):
+        is_usage, message = said[first][1]
+        if any(part and text != said[first][1] for part, text in said):
             others = f" ({len(failed)} ranks failed)" if len(failed) > 1 else ""
             message = f"rank {first} on {self.hosts[self.host_of_rank[first]]}: {message}{others}"
         self._agreed = UsageError(message) if is_usage else WorldError(message)
@@ -253,6 +259,8 @@ class MpiWorld(World):
             self.barrier("end")  # MPI_Finalize waits too, but can't be interrupted
             self._mpi.Finalize()
         elif error is self._agreed:
+            if self.rank != 0:
+                end_silently()  # rank 0 may exit while this one is still in there
             self._mpi.Finalize()
             _leave_to_rank_0(self.rank, self._agreed)
         else:
@@ -349,6 +357,7 @@ def said_once() -> Iterator[None]:
 
 def _leave_to_rank_0(rank: int, error: MlstorError) -> None:
     if rank != 0:
+        end_silently()
         # A launcher kills the other ranks when one exits with a failure, and rank 0 has not yet spoken.
         time.sleep(2 * _GRACE_S)
         raise SystemExit(error.exit_code)

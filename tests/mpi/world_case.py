@@ -68,6 +68,11 @@ def disagree(world: World) -> None:
     say("reached")
 
 
+def leader_fails(world: World) -> None:
+    world.agree(UsageError("no such drive") if world.rank == 0 else None, took_part=world.rank == 0)
+    say("reached")
+
+
 def all_fail(world: World) -> None:
     world.agree(UsageError("no such model"))
     say("reached")

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from mlstor.checkpoint.options import Options, parse
-from mlstor.errors import UsageError
 
-if TYPE_CHECKING:
-    from mlstor.checkpoint.layout import Layout
-    from mlstor.checkpoint.models import Shape
+# The plan's tables are wider than the 80 columns that a pipe is taken to have; a terminal's names are folded to fit.
+_PIPE_COLUMNS = 100
+_LEAST_COLUMNS = 80
 
 
 def main(argv: list[str]) -> int:
@@ -27,27 +24,6 @@ def main(argv: list[str]) -> int:
     return run(options, ["mlstor", "checkpoint", *argv])
 
 
-def shape_of(options: Options) -> Shape:
-    """The model that was asked for, by name or by workload file."""
-    if (options.model is None) == (options.workload is None):
-        raise UsageError("give --model MODEL or --workload FILE, one of them; `--model help` lists the models")
-    if options.workload is not None:
-        from mlstor.checkpoint.workload_file import from_workload_yaml
-
-        return from_workload_yaml(options.workload)
-    from mlstor.checkpoint import models
-
-    assert options.model is not None
-    return models.get(options.model)
-
-
-def layout_of(options: Options, nprocs: int) -> Layout:
-    """The layout of logical ranks over files that was asked for."""
-    from mlstor.checkpoint.layout import Layout
-
-    return Layout(shape_of(options), options.ranks, options.subset, options.scale, nprocs)
-
-
 def _print_models() -> int:
     from mlstor.checkpoint.models import MODELS
 
@@ -63,21 +39,25 @@ def _print_plan(options: Options) -> int:
     from mlstor.checkpoint.profiles import PROFILES
     from mlstor.settings import Settings
 
-    layout = layout_of(options, 1)
+    layout = options.layout(1)
     only = None if options.only_ranks is None else parse_ranks(options.only_ranks, layout.nranks)
     settings = Settings.resolve(block_bytes=options.block_bytes, depth=options.depth, workers=options.workers)
+    ranks = range(layout.nranks) if only is None else only
+    largest_nbytes = max((file.nbytes for rank in ranks for file in layout.files(rank)), default=0)
     plan = Plan(
         layout,
         writes=options.writes or 0,
         nhosts=options.hosts or 1,
         how=options.deal,
         only=only,
-        staging_nbytes=PROFILES[options.profile].staging_nbytes(settings, 1),
+        process_nbytes=PROFILES[options.profile].process_nbytes(settings, 1, largest_nbytes),
     )
     if options.json:
         print(plan_json(plan))
     else:
         from rich.console import Console
 
-        print_plan(plan, Console(highlight=False))
+        console = Console(highlight=False)
+        console.width = max(console.width, _LEAST_COLUMNS if console.is_terminal else _PIPE_COLUMNS)
+        print_plan(plan, console)
     return 0

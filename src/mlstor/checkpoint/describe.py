@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -13,7 +14,6 @@ from mlstor.checkpoint.profiles import step_names
 from mlstor.host import Host
 from mlstor.mounts import Device, device_of, mount_of
 from mlstor.results import record
-from mlstor.settings import Settings
 
 if TYPE_CHECKING:
     from mlstor.checkpoint.session import Session
@@ -27,6 +27,42 @@ class HostReport(msgspec.Struct, kw_only=True):
     checks: list[record.Check]
     cores: int
     client_memory_bytes: int | None
+
+
+class ProcessReport(msgspec.Struct, kw_only=True):
+    """What each process tells: on which CPUs it may run, the warning if these are few, and the first of a host
+    what it has found of that.
+    """
+
+    affinity: str
+    warning: str | None
+    host: HostReport | None
+
+
+def host_report(session: Session) -> HostReport | None:
+    """What this process tells of its host, if it is the first there."""
+    if session.preflight is None:
+        return None
+    rooms = {path: room for room in session.preflight.rooms for path in room.paths}
+    index = session.world.host_index
+    return HostReport(
+        host=host_record(session.host),
+        targets=[target_record(path, index, session, rooms[path].is_memory) for path in rooms],
+        checks=checks(session.preflight, index),
+        cores=usable_cores(session.host),
+        client_memory_bytes=session.host.client_memory_bytes,
+    )
+
+
+def host_reports(processes: Sequence[ProcessReport], host_of_process: Sequence[int]) -> list[HostReport]:
+    """The hosts' reports in order of their index, each with the affinity of all its processes."""
+    reports = [one.host for one in processes if one.host is not None]
+    for process, host in zip(processes, host_of_process, strict=True):
+        found = reports[host].host
+        if process.affinity not in found.affinities:
+            found.affinities.append(process.affinity)
+        found.affinity_narrow |= process.warning is not None
+    return reports
 
 
 def host_record(found: Host) -> record.Host:
@@ -82,6 +118,8 @@ def target_record(path: str, host_index: int, session: Session, is_memory: bool)
         memory_align_bytes=found["mem_align"],
         offset_align_bytes=found["offset_align"],
         is_memory=is_memory,
+        block_bytes=session.block_nbytes(path, found["st_blksize"]),
+        direct=session.how_of(path).direct,  # type: ignore[arg-type]  # the settings' words are the record's
     )
 
 
@@ -156,10 +194,10 @@ def memory_rule(session: Session, reports: list[HostReport]) -> tuple[record.Mem
     return rule, cache.sentence
 
 
-def workload(session: Session, settings: Settings) -> record.Workload:
+def workload(session: Session, targets: Sequence[record.Target]) -> record.Workload:
     """Every parameter of the run."""
     options, profile, layout = session.options, session.profile, session.layout
-    engine = profile.engine_settings(settings, "write", len(session.my_ranks), session.largest_nbytes)
+    engine = profile.engine_settings(session.settings, "write", len(session.my_ranks), session.largest_nbytes)
     return record.Workload(
         model=layout.shape.name,
         workload_file=options.workload,
@@ -167,7 +205,7 @@ def workload(session: Session, settings: Settings) -> record.Workload:
         scale_denominator=layout.scale.denominator,
         subset=options.subset,
         ranks=layout.nranks,
-        ranks_meaning=layout.meaning,
+        ranks_meaning=session.meaning,
         only_ranks=session.only,
         deal="blocks" if options.deal == "block" else "round-robin",
         profile=options.profile,
@@ -178,32 +216,45 @@ def workload(session: Session, settings: Settings) -> record.Workload:
         verify=session.verify,
         keep=options.keep_count,
         steps=step_names(profile.steps),
-        direct=session.direct,  # type: ignore[arg-type]
-        block_bytes=engine.block_bytes,
+        direct=targets[0].direct,
+        backend=engine.backend,  # type: ignore[arg-type]
+        block_bytes=max(target.block_bytes or 0 for target in targets),
         depth=engine.depth_count(),
         workers=engine.worker_count(),
         pause_ns=int(session.pause_s * 1e9),
-        compressibility_percent=options.compressibility,
+        compressibility_percent=session.manifest.compressibility,
         nbytes=sum(layout.rank_nbytes(rank) for rank in session.ranks),
         nfiles=sum(layout.rank_nfiles(rank) for rank in session.ranks),
     )
 
 
-def header(session: Session, settings: Settings, reports: list[HostReport], start_unix_ns: int) -> record.Record:
+def settings_of(session: Session, targets: Sequence[record.Target]) -> dict[str, record.Setting]:
+    """The settings of the run, without those that its profile fixes; one target's values are the run's."""
+    found = {session.settings.for_target(target.path) for target in targets}
+    settings = found.pop() if len(found) == 1 else session.settings
+    fixed = session.profile.fixed
+    if session.profile.direct is not None and session.options.direct is None:
+        fixed |= {"direct"}
+    return {
+        name: record.setting(entry["value"], entry["source"].split()[0])
+        for name, entry in settings.describe().items()
+        if name not in fixed
+    }
+
+
+def header(session: Session, reports: list[HostReport], start_unix_ns: int) -> record.Record:
     """The record before its first phase."""
     rule, _ = memory_rule(session, reports)
     world = session.world
+    targets = [target for report in reports for target in report.targets]
     return record.Record(
         run_id=session.results_id,
         status="partial",
         start_unix_ns=start_unix_ns,
         command=session.command,
         version=__version__,
-        settings={
-            name: record.setting(entry["value"], entry["source"].split()[0])
-            for name, entry in settings.describe().items()
-        },
-        workload=workload(session, settings),
+        settings=settings_of(session, targets),
+        workload=workload(session, targets),
         world=record.World(
             ranks=session.layout.nranks,
             processes=world.size,
@@ -213,7 +264,7 @@ def header(session: Session, settings: Settings, reports: list[HostReport], star
             process_host=list(world.host_of_rank),
         ),
         hosts=[report.host for report in reports],
-        targets=[target for report in reports for target in report.targets],
+        targets=targets,
         preflight=record.Preflight(
             checks=[check for report in reports for check in report.checks], mlperf_memory_rule=rule
         ),

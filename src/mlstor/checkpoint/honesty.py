@@ -43,32 +43,41 @@ def evict(session: Session, checkpoint: int) -> Evicted:
     return Evicted(resident, looked_at)
 
 
-def cached(session: Session, paths: Iterable[PathTaken], evicted: Evicted | None) -> Cached:
-    """Whether this host's page cache may have answered for the storage."""
+def cached(session: Session, paths: Iterable[PathTaken], evicted: Evicted | None, first_read: bool) -> Cached:
+    """Whether this host's page cache may have answered for the storage.
+
+    Parameters
+    ----------
+    evicted
+        What `evict` has found, None if it was not asked.
+    first_read
+        Whether the run has not read this checkpoint before: each further time a host reads what it has read already.
+    """
     ways = list(paths)
     resident, looked_at = evicted or (0, 0)
     fs_types = {way.fs_type for way in ways}
     if not ways:
         return Cached(verdict="no", how="nothing was read")
-    if fs_types & {"tmpfs", "ramfs"}:
+    if session.reads_memory or fs_types & {"tmpfs", "ramfs"}:
         return Cached(verdict="yes", how="the files are in memory", resident_bytes=resident, looked_at_bytes=looked_at)
-    if all(way.direct == "yes" for way in ways):
+    direct, fuse = all(way.direct == "yes" for way in ways), "fuse" in fs_types
+    if direct and not fuse:
         return Cached(
             verdict="no",
             how="O_DIRECT, and nothing of each file's first block was in the page cache afterwards",
             resident_bytes=resident,
             looked_at_bytes=looked_at,
         )
-    if _shifted_to_other_host(session):
-        return Cached(verdict="no", how="rank shift: another host had written what this one read")
-    if evicted is None:
-        return Cached(verdict="unknown", how="neither direct nor evicted")
-    if resident:
+    if resident and not direct:
         return Cached(
             verdict="yes", how="evicted, but pages stayed", resident_bytes=resident, looked_at_bytes=looked_at
         )
-    if "fuse" in fs_types:
-        return Cached(verdict="unknown", how="evicted, but a FUSE daemon may keep a cache", looked_at_bytes=looked_at)
+    if fuse:
+        return Cached(verdict="unknown", how="a FUSE daemon may keep a cache", looked_at_bytes=looked_at)
+    if first_read and _shifted_to_other_host(session):
+        return Cached(verdict="no", how="rank shift: another host had written what this one read")
+    if evicted is None:
+        return Cached(verdict="unknown", how="neither direct nor evicted")
     return Cached(verdict="no", how="evicted, and every page checked", looked_at_bytes=looked_at)
 
 

@@ -78,6 +78,8 @@ class Translated:
         Options to add when `mpirun` is used: they stop a launch that reached fewer hosts or ranks.
     loops
         Times to repeat the run.
+    folder
+        Where a run writes.
     notes
         One sentence for each flag that was accepted and has no effect.
     """
@@ -89,6 +91,7 @@ class Translated:
     mpirun: list[str] = field(default_factory=list)
     expect: list[str] = field(default_factory=list)
     loops: int = 1
+    folder: str | None = None
     notes: list[str] = field(default_factory=list)
 
 
@@ -348,6 +351,7 @@ def translate(argv: Sequence[str], environ: Mapping[str, str] | None = None) -> 
         # A writing and a reading run find each other by this name, as mlpstorage's do by the folder.
         options += ["--run-id", f"mlpstorage-{given.model}-{given.num_processes}"]
     options.append(str(path))
+    result.folder = path
     result.mpirun = launcher(given, hosts, v3=mode is not None)
     result.expect = ["--expect-nodes", str(len(names)), "--expect-ranks", str(given.num_processes)]
     return result

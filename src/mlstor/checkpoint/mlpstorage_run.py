@@ -31,8 +31,8 @@ def carry_out(asked: Translated) -> int:
     Raises
     ------
     UsageError
-        If other hosts were named and there is no launcher to reach them, or if a launcher has started this process
-        and ``--loops`` asks for several runs.
+        If the checkpoint folder is missing and can't be made, if other hosts were named and there is no launcher to
+        reach them, or if a launcher has started this process and ``--loops`` asks for several runs.
     """
     around = launch.detect()
     several = around is not None and around.size != 1
@@ -41,6 +41,9 @@ def carry_out(asked: Translated) -> int:
             _say(note)
     if asked.action == "datasize":
         return cli.main(asked.options)
+    assert asked.folder is not None
+    if _made(asked.folder):
+        _say(f"{asked.folder} did not exist and was made, as mlpstorage does: is storage mounted there?")
     run: Callable[[list[str]], int] = cli.main
     if several:
         assert around is not None
@@ -60,6 +63,21 @@ def carry_out(asked: Translated) -> int:
         if code:
             return code
     return 0
+
+
+def _made(folder: str) -> bool:
+    """Whether this process made the checkpoint folder, which was missing. A path with fields is not one folder."""
+    if os.path.isdir(folder) or "{" in folder:
+        return False
+    try:
+        os.makedirs(folder)
+    except OSError as error:
+        if os.path.isdir(folder):  # another rank was faster
+            return False
+        raise UsageError(
+            f"--checkpoint-folder {folder} can't be made: {error.strerror}; name a directory, or where one can be"
+        ) from None
+    return True
 
 
 def _options_of_loop(asked: Translated, loop: int) -> list[str]:

@@ -5,10 +5,14 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from fractions import Fraction
-from typing import Literal, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Literal, NoReturn, TypeVar
 
 from mlstor.errors import UsageError
 from mlstor.units import parse_duration, parse_fraction, parse_size
+
+if TYPE_CHECKING:
+    from mlstor.checkpoint.layout import Layout
+    from mlstor.checkpoint.models import Shape
 
 T = TypeVar("T")
 _EVERY = "all"  # what --keep without a number stands for
@@ -63,6 +67,24 @@ class Options(argparse.Namespace):
         if self.keep is None:  # nothing was said: a write-only run is there to be read by another
             return None if not self.reads or not self.writes else 0
         return None if self.keep == _EVERY else int(self.keep)
+
+    def layout(self, nprocs: int) -> Layout:
+        """The layout of logical ranks over files that was asked for, on `nprocs` processes."""
+        from mlstor.checkpoint.layout import Layout
+
+        return Layout(self._shape(), self.ranks, self.subset, self.scale, nprocs)
+
+    def _shape(self) -> Shape:
+        if (self.model is None) == (self.workload is None):
+            raise UsageError("give --model MODEL or --workload FILE, one of them; `--model help` lists the models")
+        if self.workload is not None:
+            from mlstor.checkpoint.workload_file import from_workload_yaml
+
+            return from_workload_yaml(self.workload)
+        from mlstor.checkpoint import models
+
+        assert self.model is not None
+        return models.get(self.model)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -202,6 +224,8 @@ def parse(argv: list[str]) -> Options:
     ):
         if value is not None and value < least:
             raise UsageError(f"{option} {value} is too low; give {least} or more")
+    if given.profile == "mlperf":
+        _refuse_beside_mlperf(given)
     if given.compressibility > 100:
         raise UsageError(f"--compressibility {given.compressibility} is a percentage: give 0 to 100")
     if given.plan:
@@ -217,6 +241,21 @@ def parse(argv: list[str]) -> Options:
     if given.run_id is not None and (not given.run_id or given.run_id in (".", "..") or "/" in given.run_id):
         raise UsageError(f"--run-id {given.run_id!r} is used as a directory's name: letters, digits, - and _")
     return given
+
+
+def _refuse_beside_mlperf(given: Options) -> None:
+    own = {
+        "--block": given.block_bytes,
+        "--depth": given.depth,
+        "--workers": given.workers,
+        "--backend": given.backend,
+    }
+    said = [option for option, value in own.items() if value is not None]
+    if said:
+        raise UsageError(
+            f"--profile mlperf fixes block, depth, workers and backend, since they are MLPerf's: leave out "
+            f"{', '.join(said)}, or use --profile native"
+        )
 
 
 def _said(parse_text: Callable[[str], T]) -> Callable[[str], T]:

@@ -17,6 +17,7 @@ from mlstor.units import format_both, format_gb, format_gib
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
 # Beside the checkpoints themselves: the run's directory, the model's in it, and the manifest.
 _RUN_INODES = 3
@@ -27,7 +28,6 @@ class HostShare(NamedTuple):
 
     host: int
     ranks: list[int]
-    nprocs: int
     nfiles: int
     nbytes: int
     capacity_nbytes: int
@@ -44,20 +44,16 @@ class Plan:
     layout
         Files of one checkpoint.
     writes
-        Checkpoints to write.
-    kept
-        Checkpoints that lie on the storage at once; default: all that are written.
+        Checkpoints to write; all of them lie on the storage at once.
     nhosts
         Hosts that the ranks are dealt to.
-    nprocs
-        Processes of the run; default: one per rank.
     how
         ``"block"`` or ``"round-robin"``: how ranks are dealt to hosts, as launchers do when they fill hosts
         in turn or by node.
     only
         The ranks that take part; default: all.
-    staging_nbytes
-        Memory of one process's engine; a checkpoint of any size needs no more.
+    process_nbytes
+        Memory of one process, of which each rank is one (`Profile.process_nbytes`).
 
     Raises
     ------
@@ -67,25 +63,18 @@ class Plan:
 
     layout: Layout
     writes: int = 1
-    kept: int | None = None
     nhosts: int = 1
-    nprocs: int | None = None
     how: str = "block"
     only: Sequence[int] | None = None
-    staging_nbytes: int = 0
+    process_nbytes: int = 0
 
     def __post_init__(self) -> None:
         for option, value, least in (
             ("--writes", self.writes, 0),
-            ("--keep", 0 if self.kept is None else self.kept, 0),
             ("--hosts", self.nhosts, 1),
         ):
             if value < least:
                 raise UsageError(f"{option} {value} is too low; give {least} or more")
-        if self.nprocs is not None and self.nprocs < self.nhosts:
-            raise UsageError(
-                f"{self.nprocs} processes can't run on {self.nhosts} hosts; give at most --hosts {self.nprocs}"
-            )
         if not self.ranks:
             raise UsageError("no rank takes part; name at least one with --only-ranks")
 
@@ -110,14 +99,9 @@ class Plan:
         return sum(self.layout.rank_nbytes(rank) for rank in self.ranks)
 
     @property
-    def kept_checkpoints(self) -> int:
-        """Checkpoints that lie on the storage at once."""
-        return self.writes if self.kept is None else min(self.kept, self.writes)
-
-    @property
     def capacity_nbytes(self) -> int:
         """Room that the run needs, bytes."""
-        return self.kept_checkpoints * self.total_nbytes
+        return self.writes * self.total_nbytes
 
     @property
     def ninodes(self) -> int:
@@ -125,22 +109,19 @@ class Plan:
         return self._ninodes(self.nfiles)
 
     def _ninodes(self, nfiles: int) -> int:
-        return self.kept_checkpoints * (nfiles + 1) + _RUN_INODES if self.kept_checkpoints else 0
+        return self.writes * (nfiles + 1) + _RUN_INODES if self.writes else 0
 
     @cached_property
     def hosts(self) -> list[HostShare]:
         """Share of each host; room and inodes count where each host has a file system of its own."""
         dealt = deal(self.layout.nranks, self.nhosts, self.how, self.ranks)
-        procs = [len(ranks) for ranks in dealt]
-        if self.nprocs is not None:
-            procs = [len(of_host) for of_host in deal(self.nprocs, self.nhosts, self.how)]
         shares = []
-        for host, (ranks, nprocs) in enumerate(zip(dealt, procs, strict=True)):
+        for host, ranks in enumerate(dealt):
             nfiles = sum(self.layout.rank_nfiles(rank) for rank in ranks)
             nbytes = sum(self.layout.rank_nbytes(rank) for rank in ranks)
-            capacity = self.kept_checkpoints * nbytes
-            memory = nprocs * self.staging_nbytes
-            shares.append(HostShare(host, ranks, nprocs, nfiles, nbytes, capacity, self._ninodes(nfiles), memory))
+            capacity = self.writes * nbytes
+            memory = len(ranks) * self.process_nbytes
+            shares.append(HostShare(host, ranks, nfiles, nbytes, capacity, self._ninodes(nfiles), memory))
         return shares
 
 
@@ -174,21 +155,26 @@ def plan_json(plan: Plan) -> str:
         "ranks": layout.nranks,
         "planned_ranks": len(plan.ranks),
         "writes": plan.writes,
-        "kept": plan.kept_checkpoints,
         "step_directory": step_dir(1),
         "nfiles": plan.nfiles,
         "checkpoint_bytes": plan.total_nbytes,
         "capacity_bytes": plan.capacity_nbytes,
         "inodes": plan.ninodes,
-        "memory_bytes_per_process": plan.staging_nbytes,
+        "memory_bytes_per_process": plan.process_nbytes,
         "per_rank": [
-            {"rank": rank, "files": layout.rank_nfiles(rank), "bytes": layout.rank_nbytes(rank)} for rank in plan.ranks
+            {
+                "rank": rank,
+                "files": layout.rank_nfiles(rank),
+                "bytes": layout.rank_nbytes(rank),
+                "capacity_bytes": plan.writes * layout.rank_nbytes(rank),
+                "memory_bytes": plan.process_nbytes,
+            }
+            for rank in plan.ranks
         ],
         "per_host": [
             {
                 "host": share.host,
                 "ranks": share.ranks,
-                "processes": share.nprocs,
                 "files": share.nfiles,
                 "bytes": share.nbytes,
                 "capacity_bytes": share.capacity_nbytes,
@@ -211,63 +197,77 @@ def _counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
-def print_plan(plan: Plan, console: Console) -> None:
-    """Print the plan as tables; ranks and hosts that are alike share a row."""
+def _table(title: str, *headings: str) -> Table:
+    """A table whose first column gives way where it is too wide: names are folded, figures stay whole."""
     from rich.table import Table
 
+    table = Table(title=title, title_justify="left")
+    for i, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if i else "left", overflow="fold", no_wrap=i > 0)
+    return table
+
+
+def print_plan(plan: Plan, console: Console) -> None:
+    """Print the plan as tables; ranks and hosts that are alike share a row."""
     layout, shape = plan.layout, plan.layout.shape
     parameters = f"{shape.nparameters:,} parameters, " if shape.nparameters else ""
     scale = f", every tensor x {layout.scale}" if layout.scale != 1 else ""
-    console.print(f"[bold]{shape.name}[/bold]: {parameters}ZeRO stage {shape.zero_stage}{scale}", highlight=False)
-    console.print(f"Ranks: {layout.meaning}", highlight=False)
+    console.print(
+        f"[bold]{shape.name}[/bold]: {parameters}ZeRO stage {shape.zero_stage}{scale}", highlight=False, soft_wrap=True
+    )
+    console.print(f"Ranks: {layout.meaning}", highlight=False, soft_wrap=True)
     if len(plan.ranks) < layout.nranks:
-        console.print(f"Only rank {span(plan.ranks)} of these takes part", highlight=False)
+        console.print(f"Only rank {span(plan.ranks)} of these takes part", highlight=False, soft_wrap=True)
 
     kinds = Counter((_kind(file.name), file.nbytes) for file in plan.files())
-    table = Table(title="Files of one checkpoint", title_justify="left")
-    for heading in ("file", "count", "bytes each", "", "bytes"):
-        table.add_column(heading, justify="left" if heading == "file" else "right")
+    table = _table("Files of one checkpoint", "file", "count", "bytes each", "bytes")
     for (kind, nbytes), count in kinds.items():
-        table.add_row(kind, str(count), f"{nbytes:,}", format_gb(nbytes), f"{nbytes * count:,}")
+        table.add_row(kind, str(count), f"{nbytes:,}", f"{nbytes * count:,}")
     table.add_section()
-    table.add_row("total", str(plan.nfiles), "", format_gb(plan.total_nbytes), f"{plan.total_nbytes:,}")
+    table.add_row("total", str(plan.nfiles), "", f"{plan.total_nbytes:,}")
     console.print(table)
 
     alike: dict[tuple[int, int], list[int]] = {}
     for rank in plan.ranks:
         alike.setdefault((layout.rank_nfiles(rank), layout.rank_nbytes(rank)), []).append(rank)
-    table = Table(title="Per rank", title_justify="left")
-    for heading in ("ranks", "count", "files", "bytes", ""):
-        table.add_column(heading, justify="left" if heading == "ranks" else "right")
+    table = _table("Per rank", "ranks", "count", "files", "bytes", "room", "memory")
     for (nfiles, nbytes), ranks in alike.items():
-        table.add_row(span(ranks), str(len(ranks)), str(nfiles), f"{nbytes:,}", format_gib(nbytes))
+        table.add_row(
+            span(ranks),
+            str(len(ranks)),
+            str(nfiles),
+            f"{nbytes:,}",
+            format_gb(plan.writes * nbytes),
+            format_gib(plan.process_nbytes),
+        )
     console.print(table)
 
     similar: dict[tuple[int, ...], list[HostShare]] = {}
     for share in plan.hosts:
         similar.setdefault((len(share.ranks), *share[2:]), []).append(share)
-    table = Table(title=f"Per host ({plan.nhosts} x {plan.how})", title_justify="left")
-    for heading in ("hosts", "ranks", "processes", "files", "bytes", "", "room", "inodes", "memory"):
-        table.add_column(heading, justify="left" if heading == "hosts" else "right")
+    title = f"Per host ({plan.nhosts} x {plan.how})"
+    table = _table(title, "hosts", "ranks", "files", "bytes", "room", "inodes", "memory")
     for shares in similar.values():
         share = shares[0]
         table.add_row(
             span([like.host for like in shares]),
             str(len(share.ranks)),
-            str(share.nprocs),
             str(share.nfiles),
             f"{share.nbytes:,}",
-            format_gb(share.nbytes),
             format_gb(share.capacity_nbytes),
             str(share.ninodes),
             format_gib(share.memory_nbytes),
         )
     console.print(table)
 
-    memory = f"; {format_gib(plan.staging_nbytes)} of memory per process" if plan.staging_nbytes else ""
-    console.print(f"One checkpoint: {_counted(plan.nfiles, 'file')}, {format_both(plan.total_nbytes)}", highlight=False)
+    memory = f"; {format_gib(plan.process_nbytes)} of memory per process" if plan.process_nbytes else ""
     console.print(
-        f"Needed for {_counted(plan.kept_checkpoints, 'checkpoint')}: "
+        f"One checkpoint: {_counted(plan.nfiles, 'file')}, {format_both(plan.total_nbytes)}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    console.print(
+        f"Needed for {_counted(plan.writes, 'checkpoint')}: "
         f"{format_both(plan.capacity_nbytes)} of room, "
         f"{_counted(plan.ninodes, 'inode')}{memory}",
         highlight=False,

@@ -199,6 +199,12 @@ def _is_ephemeral(mount: Mount) -> bool:
     return mount.fs_type == "overlay" or _EMPTY_DIR in mount.root
 
 
+def is_memory(path: str) -> bool:
+    """Whether files in a directory are in memory; see `Room.is_memory`."""
+    mount = mount_of(path)
+    return mount is not None and _is_memory(mount, device_of(mount))
+
+
 def _is_memory(mount: Mount, device: Device | None) -> bool:
     if mount.fs_type in _MEMORY_FS_TYPES:
         return True

@@ -16,6 +16,10 @@ from mlstor.settings import Settings
 #: Bytes that an engine's slot has beside a block (csrc/engine.c).
 _SLOT_MARGIN_NBYTES = 8192
 _PAGE_NBYTES = 4096
+#: Least automatic block of the engine (csrc/steps.c).
+_AUTOMATIC_NBYTES = 1 << 20
+# Interpreter, MPI and tables of one process beside its staging memory; measured at about 60 MiB, rounded up.
+_PROCESS_NBYTES = 128 << 20
 
 
 class Job(NamedTuple):
@@ -41,22 +45,30 @@ class Profile(ABC):
     verify: bool
     #: O_DIRECT unless the user says otherwise; None: the setting.
     direct: str | None
+    #: Names of the settings that the profile fixes.
+    fixed: frozenset[str]
 
     @abstractmethod
     def engine_settings(self, settings: Settings, op: str, nranks: int, largest_nbytes: int) -> Settings:
         """Settings of the engine for a phase of `op` by `nranks` logical ranks of this process."""
 
     @abstractmethod
-    def writes(self, jobs: Sequence[Job], direct: str) -> Stages:
-        """Operations that write one rank's files."""
+    def block_nbytes(self, settings: Settings, preferred_nbytes: int) -> int:
+        """Bytes of one write where `settings` hold and the file system prefers so many (st_blksize)."""
 
     @abstractmethod
-    def reads(self, jobs: Sequence[Job], direct: str) -> Stages:
-        """Operations that read one rank's files."""
+    def writes(self, jobs: Sequence[Job], settings: Settings) -> Stages:
+        """Operations that write one rank's files; `settings` are those of its target."""
 
-    def staging_nbytes(self, settings: Settings, nranks: int, largest_nbytes: int = 1 << 62) -> int:
-        """Staging memory of one process's engine, the larger of writing and reading, bytes."""
-        return max(
+    @abstractmethod
+    def reads(self, jobs: Sequence[Job], settings: Settings) -> Stages:
+        """Operations that read one rank's files; `settings` are those of its target."""
+
+    def process_nbytes(self, settings: Settings, nranks: int, largest_nbytes: int) -> int:
+        """Memory of one process of `nranks` logical ranks, bytes: itself, and its engine's staging memory, the larger
+        of writing and reading files of up to `largest_nbytes`.
+        """
+        return _PROCESS_NBYTES + max(
             made.worker_count() * made.depth_count() * (made.slot_nbytes() + _SLOT_MARGIN_NBYTES)
             for made in (self.engine_settings(settings, op, nranks, largest_nbytes) for op in ("write", "read"))
         )
@@ -71,15 +83,35 @@ class Native(Profile):
     pause_s: float = 0.0
     verify: bool = True
     direct: str | None = None
+    fixed: frozenset[str] = frozenset()
 
     def engine_settings(self, settings: Settings, op: str, nranks: int, largest_nbytes: int) -> Settings:
         return settings
 
-    def writes(self, jobs: Sequence[Job], direct: str) -> Stages:
-        return [[WriteFile(job.path, [Extent(0, job.nbytes, job.pattern)], self.steps, direct=direct) for job in jobs]]
+    def block_nbytes(self, settings: Settings, preferred_nbytes: int) -> int:
+        # the engine's own rule for an automatic block (csrc/steps.c, automatic_block)
+        return settings.block_bytes or min(max(preferred_nbytes, _AUTOMATIC_NBYTES), settings.slot_nbytes())
 
-    def reads(self, jobs: Sequence[Job], direct: str) -> Stages:
-        return [[ReadFile(job.path, [Extent(0, job.nbytes, job.pattern)], direct=direct) for job in jobs]]
+    def writes(self, jobs: Sequence[Job], settings: Settings) -> Stages:
+        block, direct = settings.block_bytes, settings.direct
+        return [
+            [
+                WriteFile(
+                    job.path,
+                    [Extent(0, job.nbytes, job.pattern)],
+                    self.steps,
+                    block_bytes=block,
+                    direct=direct,
+                )
+                for job in jobs
+            ]
+        ]
+
+    def reads(self, jobs: Sequence[Job], settings: Settings) -> Stages:
+        block, direct = settings.block_bytes, settings.direct
+        return [
+            [ReadFile(job.path, [Extent(0, job.nbytes, job.pattern)], block_bytes=block, direct=direct) for job in jobs]
+        ]
 
 
 @dataclass(frozen=True)
@@ -95,6 +127,7 @@ class Mlperf(Profile):
     pause_s: float = 5.0
     verify: bool = False
     direct: str | None = "off"
+    fixed: frozenset[str] = frozenset({"backend", "block_bytes", "depth", "workers"})
     write_nbytes: int = 32 << 20
     read_nbytes: int = 128 << 20
     readers: int = 4
@@ -103,27 +136,31 @@ class Mlperf(Profile):
         block = self.write_nbytes if op == "write" else min(self.read_nbytes, self._quarter(largest_nbytes))
         block = max(_PAGE_NBYTES, (block + _PAGE_NBYTES - 1) // _PAGE_NBYTES * _PAGE_NBYTES)
         threads = max(1, nranks) * (1 if op == "write" else self.readers)
-        return replace(settings, backend="threads", workers=threads, depth=1, block_bytes=block)
+        # without the stored profile's values by target: they would come before these
+        return replace(settings, backend="threads", workers=threads, depth=1, block_bytes=block, _targets={})
+
+    def block_nbytes(self, settings: Settings, preferred_nbytes: int) -> int:
+        return self.write_nbytes
 
     def _quarter(self, nbytes: int) -> int:
         return -(-nbytes // self.readers)
 
-    def writes(self, jobs: Sequence[Job], direct: str) -> Stages:
+    def writes(self, jobs: Sequence[Job], settings: Settings) -> Stages:
         return [
             [
                 WriteFile(
                     job.path,
                     [Extent(0, job.nbytes, job.pattern)],
                     self.steps,
-                    direct=direct,
+                    direct=settings.direct,
                     serial=True,
                 )
             ]
             for job in jobs
         ]
 
-    def reads(self, jobs: Sequence[Job], direct: str) -> Stages:
-        return [self._quarters(job, direct) for job in jobs]
+    def reads(self, jobs: Sequence[Job], settings: Settings) -> Stages:
+        return [self._quarters(job, settings.direct) for job in jobs]
 
     def _quarters(self, job: Job, direct: str) -> list[WriteFile | ReadFile]:
         quarter = self._quarter(job.nbytes)
@@ -143,9 +180,10 @@ PROFILES: dict[str, Profile] = {"native": Native(), "mlperf": Mlperf()}
 
 
 def step_names(steps: Step) -> list[str]:
-    """The durability steps in their order, by the words that the record uses."""
+    """The steps of a write in their order, by the words that the record uses."""
     words = {
         Step.PREALLOCATE: "preallocate",
+        Step.DONTNEED: "fadvise_dontneed",
         Step.FDATASYNC: "fdatasync",
         Step.FSYNC: "fsync",
         Step.RENAME: "rename",

@@ -67,18 +67,21 @@ class Runner:
         self._engines: dict[str, Engine] = {}
         self._progress: Progress | None = None
         self._recorded = False
-        self._journal = self._open_journal()
+        self._journal: journal.Journal | None = None
+        self._read: set[int] = set()
 
     def execute(self) -> int:
         """All phases, then the record, then the tidying up."""
         try:
+            self.session.begin()
+            opened = self._open_journal()
             for number, (op, checkpoint) in enumerate(self._phases()):
-                self._phase(number, op, checkpoint)
+                self._phase(opened, number, op, checkpoint)
                 if op == "write":
                     self._note_complete(checkpoint)
             while self._engines:
                 self._engines.popitem()[1].close()
-            self._finish()
+            self._finish(opened)
             self._tidy()
         except BaseException as error:
             self._last_words(error)
@@ -102,11 +105,15 @@ class Runner:
         reports = self._describe_hosts()
         if reports is not None:
             self.host_cores = [report.cores for report in reports]
-            self.header = describe.header(session, session.settings, reports, time.time_ns())
+            self.header = describe.header(session, reports, time.time_ns())
             self._announce(reports)
-        opened = session.agreed(lambda: journal.Journal(self.run_dir, world.rank, self.header, self.host_cores))
-        self._stack.callback(opened.close)
-        return opened
+
+        def begin() -> journal.Journal:
+            self._journal = opened = journal.Journal(self.run_dir, world.rank, self.header, self.host_cores)
+            self._stack.callback(opened.close)
+            return opened
+
+        return session.agreed(begin)
 
     def _recover(self, left: Path) -> None:
         """Make the record of a former run that was killed."""
@@ -122,37 +129,31 @@ class Runner:
 
     def _describe_hosts(self) -> list[describe.HostReport] | None:
         """One report per host, at process 0."""
-        session, world = self.session, self.world
-        payload = b""
-        if session.preflight is not None:
-            rooms = {path: room for room in session.preflight.rooms for path in room.paths}
-            payload = msgspec.msgpack.encode(
-                describe.HostReport(
-                    host=describe.host_record(session.host),
-                    targets=[
-                        describe.target_record(path, world.host_index, session, rooms[path].is_memory) for path in rooms
-                    ],
-                    checks=describe.checks(session.preflight, world.host_index),
-                    cores=describe.usable_cores(session.host),
-                    client_memory_bytes=session.host.client_memory_bytes,
-                )
-            )
-        gathered = world.gather(payload)
+        mine = describe.ProcessReport(
+            affinity=self.session.host.affinity,
+            warning=binding_warning(self.session.host, detect()),
+            host=describe.host_report(self.session),
+        )
+        gathered = self.world.gather(msgspec.msgpack.encode(mine))
         if gathered is None:
             return None
-        return [msgspec.msgpack.decode(text, type=describe.HostReport) for text in gathered if text]
+        processes = [msgspec.msgpack.decode(text, type=describe.ProcessReport) for text in gathered]
+        self._warn_of_binding([one.warning for one in processes if one.warning is not None])
+        return describe.host_reports(processes, self.world.host_of_rank)
+
+    def _warn_of_binding(self, warnings: Sequence[str]) -> None:
+        if warnings:
+            of = f" ({len(warnings)} of {self.world.size} processes are bound)" if self.world.size > 1 else ""
+            self.live.say(f"warning: {warnings[0]}{of}")
 
     def _announce(self, reports: Sequence[describe.HostReport]) -> None:
         session = self.session
-        warning = binding_warning(session.host, detect())
-        if warning:
-            self.live.say(f"warning: {warning}")
         if self.world.size > len(session.ranks):
             self.live.say(f"note: {self.world.size} processes for {len(session.ranks)} ranks: some have nothing to do")
         results = Path(session.settings.results_dir).absolute()
         if any(_same_device(results, target.path) for report in reports for target in report.targets):
             self.live.say(f"note: the results go to {results}, on the file system that is being measured")
-        self.live.say(f"run {session.run_id}: {session.layout.meaning}")
+        self.live.say(f"run {session.run_id}: {session.meaning}")
         self.live.say(describe.memory_rule(session, list(reports))[1])
 
     # -- a phase --
@@ -180,10 +181,10 @@ class Runner:
                 pattern = honesty.pattern(session.manifest, checkpoint, file.file_id) if compared else None
                 jobs.append(Job(path, file.nbytes, pattern))
             make = session.profile.writes if op == "write" else session.profile.reads
-            chains.append(Chain(rank, len(files), make(jobs, session.direct)))
+            chains.append(Chain(rank, len(files), make(jobs, session.how(owner))))
         return chains
 
-    def _phase(self, number: int, op: Op, checkpoint: int) -> None:
+    def _phase(self, opened: journal.Journal, number: int, op: Op, checkpoint: int) -> None:
         """One phase, from its pause to its figures at process 0."""
         session, world = self.session, self.world
         if session.pause_s:
@@ -201,7 +202,7 @@ class Runner:
             ranks=[],
         )
         total = sum(session.layout.rank_nbytes(rank) for rank in session.ranks)
-        self._begun(report)
+        self._begun(opened, report)
         world.barrier(f"{op} {checkpoint}")
         self.live.begin(f"{op} {checkpoint}", total)
         run_phase(
@@ -210,13 +211,14 @@ class Runner:
             report,
             world.local_rank == 0,
             lambda: self._make_directories(op, checkpoint),
-            lambda elapsed_ns, nbytes: self._tick(report, elapsed_ns, nbytes),
+            lambda elapsed_ns, nbytes: self._tick(opened, report, elapsed_ns, nbytes),
         )
         report.cached = honesty.WRITTEN
         if op == "read":
-            report.cached = honesty.cached(session, report.paths, evicted)
+            report.cached = honesty.cached(session, report.paths, evicted, checkpoint not in self._read)
+            self._read.add(checkpoint)
             report.verification = honesty.verification(session, chains, checkpoint)
-        self._journal.finished(report)
+        opened.finished(report)
         self._progress = None
         gathered = world.gather(report.encode())
         if gathered is None:
@@ -235,16 +237,16 @@ class Runner:
         for target in sorted({session.target_of(rank) for rank in session.my_ranks}):
             rundir.make_checkpoint_dir(target, session.run_id, session.layout.shape.name, checkpoint, durable)
 
-    def _begun(self, report: PhaseReport) -> None:
+    def _begun(self, opened: journal.Journal, report: PhaseReport) -> None:
         """Journal that this process is about to enter a phase, so that a killed run's record has it."""
         self._progress = _progress(report, 0, 0)
         self._progress.barrier_unix_ns = time.time_ns()
-        self._journal.progress(self._progress, now=True)
+        opened.progress(self._progress, now=True)
 
-    def _tick(self, report: PhaseReport, elapsed_ns: int, nbytes: int) -> None:
+    def _tick(self, opened: journal.Journal, report: PhaseReport, elapsed_ns: int, nbytes: int) -> None:
         self.live.update(elapsed_ns, nbytes)
         self._progress = _progress(report, elapsed_ns, nbytes)
-        self._journal.progress(self._progress)
+        opened.progress(self._progress)
 
     # -- after --
 
@@ -255,7 +257,7 @@ class Runner:
         for target in session.claims:
             rundir.save(target, session.manifest)
 
-    def _finish(self) -> None:
+    def _finish(self, opened: journal.Journal) -> None:
         """The record, at process 0; then nobody needs the journals."""
         from mlstor.results.table import print_record
 
@@ -269,7 +271,7 @@ class Runner:
             print_record(header, self.live.console)
             self.live.say(f"record: {path}")
         self.world.barrier("record")
-        self._journal.discard()
+        opened.discard()
         self._recorded = True
 
     def _tidy(self) -> None:
@@ -313,9 +315,14 @@ class Runner:
         """The run ends here: journal what this process has, and where it can be done make a record of all journals."""
         for engine in self._engines.values():
             engine.cancel()
-        left = f"; {self._clean} removes its files" if self.session.options.writes else ""
+        left = f"; {self._clean} removes its files" if self.session.claimed else ""
         if self._recorded:
             self.live.say(f"stopped while tidying up{left}")
+            return
+        if self._journal is None:
+            if left:
+                alone = not isinstance(error, KeyboardInterrupt | MlstorError)
+                self.live.say(f"stopped before the first phase, without a record{left}", any_process=alone)
             return
         interrupted = isinstance(error, KeyboardInterrupt)
         if self._progress is not None:

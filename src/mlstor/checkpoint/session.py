@@ -15,19 +15,18 @@ from functools import cached_property
 from typing import TypeVar
 
 from mlstor.checkpoint import preflight, rundir, targets
-from mlstor.checkpoint.cli import layout_of
 from mlstor.checkpoint.deal import deal, parse_ranks
 from mlstor.checkpoint.layout import ShardFile
 from mlstor.checkpoint.models import Transformer
 from mlstor.checkpoint.options import Options
+from mlstor.checkpoint.plan import span
 from mlstor.checkpoint.profiles import PROFILES
+from mlstor.checkpoint.rundir import Manifest
 from mlstor.errors import MlstorError, UsageError
 from mlstor.host import Host, describe
 from mlstor.settings import Settings
 from mlstor.world import World
 
-# Interpreter, MPI and tables of one process beside its staging memory; measured at about 60 MiB, rounded up.
-_PROCESS_NBYTES = 128 << 20
 T = TypeVar("T")
 
 
@@ -41,7 +40,9 @@ class Session:
     ranks, my_ranks : list of int
         Logical ranks of the run, and of this process.
     manifest : Manifest
-        The claim on the files, or of a read-only run the claim that it reads by.
+        The claim on the files, or of a read-only run the claim that it reads by; set by `begin`.
+    claimed : bool
+        Whether targets may hold a manifest of this run.
     claims : list of str
         Targets whose manifest this process keeps.
     """
@@ -57,9 +58,9 @@ class Session:
                 backend=options.backend,
                 direct=options.direct,
                 results_dir=options.results_dir,
-            ).for_target(options.paths[0])
+            )
         )
-        self.layout = self.agreed(lambda: layout_of(options, world.size))
+        self.layout = self.agreed(lambda: options.layout(world.size))
         self.only = self.agreed(
             lambda: None if options.only_ranks is None else parse_ranks(options.only_ranks, self.layout.nranks)
         )
@@ -68,10 +69,9 @@ class Session:
         self.ranks = sorted(rank for ranks in self.dealt for rank in ranks)
         self.verify = self.profile.verify if options.verify is None else options.verify
         self.pause_s = self.profile.pause_s if options.pause_s is None else options.pause_s
-        self.direct = options.direct or self.profile.direct or self.settings.direct
         self.run_id = options.run_id or self._together(_new_run_id)
         self.host: Host = describe()
-        self.agreed(self._check_results_dir)
+        self.agreed(self._check_results_dir, world.local_rank == 0)
         self.sharing = targets.discover(
             world,
             self.agreed(lambda: sorted({self.target_of(rank) for rank in self.my_ranks}) or self._idle_target()),
@@ -82,18 +82,28 @@ class Session:
         targets.check_rank_shift(world, self.sharing, options.rank_shift)
         self.preflight = self._preflight()
         self.claims = self._claims()
-        self.manifest = self._claim() if options.writes else self._find()
+        self.claimed = False
+        self.manifest: Manifest
         self.results_id = self._together(self._free_results_id)
 
-    def agreed(self, step: Callable[[], T]) -> T:
-        """The result of a step that every process takes; its `MlstorError` is raised on all."""
+    def begin(self) -> None:
+        """Claim the run's directories, or find the run that is to be read; from here on an interrupted run leaves
+        something behind.
+        """
+        self.manifest = self._claim() if self.options.writes else self._find()
+
+    def agreed(self, step: Callable[[], T], took_part: bool = True) -> T:
+        """The result of a step that every process takes; its `MlstorError` is raised on all.
+
+        `took_part`: whether this process had a share in it, see `World.agree`.
+        """
         error: MlstorError | None = None
         result: T | None = None
         try:
             result = step()
         except MlstorError as raised:
             error = raised
-        self.world.agree(error)
+        self.world.agree(error, took_part=took_part)
         return result  # type: ignore[return-value]  # agree raises where there is none
 
     def _together(self, make: Callable[[], str]) -> str:
@@ -131,6 +141,31 @@ class Session:
         process, local_rank = self._place[rank]
         hostname = self.world.hosts[self.world.host_of_rank[process]]
         return targets.resolve(self.options.paths, rank=rank, local_rank=local_rank, hostname=hostname)
+
+    def how(self, rank: int) -> Settings:
+        """The settings that hold for the files which a logical rank writes: those of its target, and the profile's."""
+        return self.how_of(self.target_of(rank))
+
+    def how_of(self, target: str) -> Settings:
+        """The settings that hold for the files of a target directory."""
+        found = self.settings.for_target(target)
+        return replace(found, direct=self.options.direct or self.profile.direct or found.direct)
+
+    def block_nbytes(self, target: str, preferred_nbytes: int) -> int:
+        """Bytes of one write to a target whose file system prefers so many."""
+        return self.profile.block_nbytes(self.how_of(target), preferred_nbytes)
+
+    @cached_property
+    def reads_memory(self) -> bool:
+        """Whether anything that this process reads lies in memory and not on storage."""
+        return any(map(preflight.is_memory, {self.target_of(self.source_rank(rank)) for rank in self.my_ranks}))
+
+    @property
+    def meaning(self) -> str:
+        """What the number of ranks means, and which of them run."""
+        if self.only is None:
+            return self.layout.meaning
+        return f"{'rank' if len(self.ranks) == 1 else 'ranks'} {span(self.ranks)} of {self.layout.meaning}"
 
     def _idle_target(self) -> list[str]:
         """The target of a process without ranks: that of its place, so that its host looks for tokens too."""
@@ -172,7 +207,7 @@ class Session:
     def _preflight(self) -> preflight.Preflight | None:
         """The first process of each host looks; None for the others."""
         world = self.world
-        staging = self.profile.staging_nbytes(self.settings, len(self.my_ranks), self.largest_nbytes)
+        process = self.profile.process_nbytes(self.settings, len(self.my_ranks), self.largest_nbytes)
 
         def look() -> preflight.Preflight | None:
             if world.local_rank != 0:
@@ -180,32 +215,37 @@ class Session:
             return preflight.check(
                 self._needs(),
                 self.host,
-                memory_need_bytes=world.local_size * (staging + _PROCESS_NBYTES),
+                memory_need_bytes=world.local_size * process,
                 ephemeral_limit_bytes=self.settings.ephemeral_storage_limit_bytes,
                 write=bool(self.options.writes),
             )
 
-        return self.agreed(look)
+        return self.agreed(look, world.local_rank == 0)
 
     def _needs(self) -> list[preflight.Need]:
-        """What goes into each directory that this host uses: of all hosts where they share it."""
-        shared = self.sharing.kind == "shared" or self.options.sharing == "shared"
-        mine = self.sharing.targets_by_host[self.world.host_index]
-        nbytes, nfiles = dict.fromkeys(mine, 0), dict.fromkeys(mine, 0)
-        for process, ranks in enumerate(self.dealt):
-            if not shared and self.world.host_of_rank[process] != self.world.host_index:
-                continue
-            for rank in ranks:
-                target = self.target_of(rank)
-                if target in nbytes:
-                    nbytes[target] += self.layout.rank_nbytes(rank)
-                    nfiles[target] += self.layout.rank_nfiles(rank)
+        """What goes into each directory that this host uses, and into those of other hosts that lie beside it."""
         writes = self.options.writes or 0
-        # beside the files: a directory per checkpoint, the run's and the model's, and the manifest
-        return [
-            preflight.Need(path, writes * nbytes[path], writes * (nfiles[path] + 1) + 3 if writes else 0)
-            for path in mine
-        ]
+        mine = self.sharing.targets_by_host[self.world.host_index]
+        needs = {path: preflight.Need(path, 0, 0) for path in mine}
+        if not writes:
+            return list(needs.values())
+        shared = self.sharing.kind == "shared" or self.options.sharing == "shared"
+        ranks_of: dict[str, list[int]] = {path: [] for path in mine}
+        for process, ranks in enumerate(self.dealt):
+            if shared or self.world.host_of_rank[process] == self.world.host_index:
+                for rank in ranks:
+                    ranks_of.setdefault(self.target_of(rank), []).append(rank)
+        devices = {_device(path): path for path in mine}
+        devices.pop(None, None)
+        for path, ranks in ranks_of.items():
+            # Other hosts' directories count where they are on a file system of this host's own.
+            at = path if path in needs else devices.get(_device(path))
+            if at is not None:
+                # beside the files: a directory per checkpoint, the run's and the model's, and the manifest
+                nbytes = writes * sum(map(self.layout.rank_nbytes, ranks))
+                nfiles = writes * (sum(map(self.layout.rank_nfiles, ranks)) + 1) + 3
+                needs[at] = preflight.Need(at, needs[at].nbytes + nbytes, needs[at].files + nfiles)
+        return list(needs.values())
 
     # -- whose files these are --
 
@@ -241,7 +281,12 @@ class Session:
             claimed = [rundir.claim(target, wanted) for target in self.claims]
             return max(claimed, key=lambda manifest: manifest.written, default=wanted)
 
-        return self.agreed(claim)
+        self.claimed = True
+        try:
+            return self.agreed(claim, bool(self.claims))
+        except MlstorError:
+            self.claimed = False
+            raise
 
     def _find(self) -> rundir.Manifest:
         """The manifest of the run to be read, and all of this process's files, or a sentence on what is missing."""
@@ -317,6 +362,14 @@ class Session:
         if self.options.writes and not os.path.exists(taken):
             return self.run_id
         return f"{self.run_id}-{_new_run_id()}"
+
+
+def _device(path: str) -> int | None:
+    """The device of a directory's file system, None where there is no such directory on this host."""
+    try:
+        return os.stat(path).st_dev
+    except OSError:  # another host's, or refused with its reason by the checks of this host's own
+        return None
 
 
 def _new_run_id() -> str:

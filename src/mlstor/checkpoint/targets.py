@@ -128,7 +128,7 @@ def discover(
         world.barrier("tokens")
         refused = tokens.leave() if leader else None
         if not read_only:
-            world.agree(refused)
+            world.agree(refused, took_part=leader)
         elif any(world.allgather(b"refused" if refused else b"")):
             return Sharing("unknown", asserted is not None, targets_by_host)
         sights = world.allgather(json.dumps(tokens.look(look_for_s) if leader else None).encode())

@@ -41,8 +41,12 @@ class Setting(msgspec.Struct, kw_only=True):
 class Workload(msgspec.Struct, kw_only=True):
     """Every parameter of a checkpoint run. `scale` is numerator / denominator; `ranks_meaning` is the
     sentence that says what the number of logical ranks stands for; only_ranks is null when all ranks ran;
-    keep is the number of checkpoints left behind (null: all); `steps` are the durability steps in order;
+    keep is the number of checkpoints left behind (null: all); `steps` are the steps of a write in order;
     nbytes and nfiles are of one checkpoint as run; pause_ns is slept before each phase, outside the clock.
+    block_bytes is of one write, the largest of any target (each target has its own); depth is the most that
+    a worker has in flight; workers are those of one process while it writes; backend is what was asked for
+    (a phase's paths have what was used). direct is that of the first target. compressibility_percent is that
+    of the data, which a read-only run finds.
     """
 
     model: str
@@ -63,6 +67,7 @@ class Workload(msgspec.Struct, kw_only=True):
     keep: Count | None = 0
     steps: list[str] = []
     direct: Literal["auto", "require", "off"] = "auto"
+    backend: Literal["auto", "io_uring", "threads"] = "auto"
     block_bytes: Count
     depth: Count
     workers: Count
@@ -104,7 +109,8 @@ class NumaNode(msgspec.Struct, kw_only=True):
 
 class Host(msgspec.Struct, kw_only=True):
     """A host as the first of its processes saw it. `affinity` is that process's CPU mask as a kernel list,
-    and affinity_narrow says that the mask, not the machine, limits its threads.
+    `affinities` are the distinct masks of all its processes, and affinity_narrow says that of any of them the
+    mask, not the machine, limits the threads.
     """
 
     hostname: str
@@ -113,6 +119,7 @@ class Host(msgspec.Struct, kw_only=True):
     cores_online: Count
     affinity: str
     affinity_narrow: bool
+    affinities: list[str] = []
     memory_bytes: Count
     cgroup: Cgroup = msgspec.field(default_factory=Cgroup)
     numa: list[NumaNode] = []
@@ -125,6 +132,7 @@ class Target(msgspec.Struct, kw_only=True):
     """A directory that was measured, as seen from host `host` (index): shared by all hosts or one per node
     (one-host: there is no other host to see it; unknown: a read-only run could leave no tokens), and whether
     the user asserted that or the run found it out. is_memory: its files are in memory (tmpfs), not on storage.
+    block_bytes and direct are what held for its files, since a stored profile may tell them by target.
     """
 
     path: str
@@ -138,6 +146,8 @@ class Target(msgspec.Struct, kw_only=True):
     memory_align_bytes: Count | None = None
     offset_align_bytes: Count | None = None
     is_memory: bool = False
+    block_bytes: Count | None = None
+    direct: Literal["auto", "require", "off"] = "auto"
 
 
 class Check(msgspec.Struct, kw_only=True):
