@@ -29,6 +29,11 @@
 /* Prepared transfers are handed to the kernel together, but not so many bytes of them that the next block is generated
  * while these wait: their clock has begun. */
 #define BATCH_BYTES ((uint64_t)256 << 10)
+/* Of many small transfers in flight, so many are waited for at once: a system call and a switch of context for each would
+ * cost as much as the transfers. A completion is then seen up to seven others late. */
+#define SMALL_BYTES ((uint64_t)64 << 10)
+#define MANY_IN_FLIGHT 32
+#define WAIT_BATCH 8
 #define SPARE_ENTRIES 8 /* syncs and the wake-up read go beside the transfers */
 
 typedef struct uring_state {
@@ -39,6 +44,8 @@ typedef struct uring_state {
     uint64_t event_value;
     bool event_armed;
     uint64_t unsubmitted_bytes;
+    unsigned in_flight;
+    bool small;             /* the last transfer was */
 } uring_state;
 
 static const unsigned ladder[] = {
@@ -157,6 +164,8 @@ static int uring_submit(void *state, mls_io *io)
         io_uring_prep_fsync(sqe, io->fd, io->kind == MLS_IO_FDATASYNC ? IORING_FSYNC_DATASYNC : 0);
     }
     io_uring_sqe_set_data(sqe, io);
+    uring->in_flight++;
+    uring->small = io->nbytes <= SMALL_BYTES;
     uring->unsubmitted_bytes += io->nbytes;
     if (uring->unsubmitted_bytes >= BATCH_BYTES) {
         uring->unsubmitted_bytes = 0;
@@ -183,7 +192,7 @@ static size_t uring_reap(void *state, mls_io **done, size_t max)
     size_t count = 0;
     if (!uring->event_armed)
         arm_event(uring);
-    int error = io_uring_submit_and_wait(&uring->ring, 1);
+    int error = io_uring_submit_and_wait(&uring->ring, uring->small && uring->in_flight >= MANY_IN_FLIGHT ? WAIT_BATCH : 1);
     uring->unsubmitted_bytes = 0;
     /* these ask for another round: what was done meanwhile is looked at first */
     if (error < 0 && error != -EINTR && error != -EAGAIN && error != -EBUSY) {
@@ -200,6 +209,7 @@ static size_t uring_reap(void *state, mls_io **done, size_t max)
             continue;
         }
         io->result = cqe->res;
+        uring->in_flight--;
         done[count++] = io;
     }
     io_uring_cq_advance(&uring->ring, seen);

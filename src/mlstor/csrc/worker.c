@@ -16,6 +16,7 @@
 #include "steps.h"
 
 #define REAP_BATCH 64
+#define SMALL_READ_BYTES (16u << 10)
 /* At 4 MiB per worker in flight, 4 ms are 1 GB/s per worker: below that rate more in flight may help. */
 #define SLOW_TRANSFER_NS 4000000u
 
@@ -173,7 +174,9 @@ static void transfer(mls_worker *worker, mls_op *op, size_t index)
     worker->free_ios = io->next;
     uint64_t begin = unit->offset / offset_align * offset_align;
     uint64_t end = (unit->offset + unit->nbytes + offset_align - 1) / offset_align * offset_align;
-    unsigned char *in_place = mls_plan_zero_copy(op, unit, file->align.mem_align, offset_align);
+    /* A small read goes through the registered pool: the copy costs less than pinning its page. */
+    bool small = !writing && file->direct && unit->nbytes <= SMALL_READ_BYTES && worker->crew->backend->max_depth > 1;
+    unsigned char *in_place = small ? NULL : mls_plan_zero_copy(op, unit, file->align.mem_align, offset_align);
     bool second_pass = op->late_done; /* what is not late was digested before */
     io->kind = writing ? MLS_IO_WRITE : MLS_IO_READ;
     io->fd = file->fd;
@@ -351,7 +354,8 @@ static void finish_range(mls_worker *worker, mls_io *io, int error, uint64_t now
     const mls_unit *unit = &op->units[io->unit];
     if (!error)
         mls_plan_scatter(op, unit, io->io_bytes, io->io_offset, io->zero_copy);
-    report_range(worker, io, error ? -(int64_t)error : (int64_t)unit->nbytes, now);
+    int code = error == MLS_ECANCELED ? ECANCELED : error;
+    report_range(worker, io, error ? -(int64_t)code : (int64_t)unit->nbytes, now);
     release(worker, io);
     if (atomic_fetch_sub(&op->remaining, 1) == 1) {
         mls_worker_flush_ranges(worker);
