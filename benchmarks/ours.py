@@ -18,7 +18,8 @@ MIB = 1 << 20
 RUN_ID = 0x6D6C73746F72  # of the pattern that `write` makes and `read_verified` expects
 RANDOM_BYTES = 4096
 RANDOM_DEPTH = 64  # in flight at the device
-RANDOM_WINDOW = 256  # submitted and not reaped: the worker never waits for Python
+RANDOM_WINDOW = 2048  # submitted and not reaped: the worker never waits for Python
+RANDOM_BATCH = 512  # ranges per call: what Python costs is shared by so many
 PATIENCE_S = 10.0  # a batch of reads that takes longer hangs
 
 
@@ -119,7 +120,7 @@ def random_reads(job: Job) -> Sample:
                 position = (position + slots.size) % (blocks.size - RANDOM_WINDOW)
             if file.outstanding == 0:
                 return finished
-            count = file.reap(done, RANDOM_DEPTH, PATIENCE_S)
+            count = file.reap(done, RANDOM_BATCH, PATIENCE_S)
             if count == 0 or (done["result"][:count] != RANDOM_BYTES).any():
                 raise OSError(f"random reads of {job.path}: {count} came back, with {set(done['result'][:count])}")
             slots = done["tag"][:count].astype(numpy.int64)

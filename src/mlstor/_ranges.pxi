@@ -141,8 +141,8 @@ cdef class RangeFile:
 
     def reap(self, out, min_done=1, timeout_s=None):
         """Fills `out`, an array of DONE_DTYPE, with completions; returns how many. ``result`` is bytes, or -errno
-        (-10001: the file ends before). Waits for `min_done`, or as many as are outstanding. Ctrl-C cancels the ranges that
-        have not begun, and raises KeyboardInterrupt.
+        (-10001: the file ends before). Waits for `min_done`, or as many as are outstanding. Ctrl-C cancels the ranges
+        that have not begun, and raises KeyboardInterrupt.
         """
         cdef _View view = _View(out, True)
         cdef mls_range_done *done = <mls_range_done *>view.view.buf

@@ -198,9 +198,9 @@ class Settings:
         return {s.name: {"value": getattr(self, s.name), "source": self.source(s.name)} for s in declared()}
 
     def slot_nbytes(self) -> int:
-        """Bytes of a staging slot, which bounds a transfer: the largest `block_bytes` of any target, 4 MiB standing for 0."""
-        blocks = [self.block_bytes, *(values.get("block_bytes", 0) for values in self._targets.values())]
-        return max(block or 4 << 20 for block in blocks) if self.block_bytes == 0 or self._targets else self.block_bytes
+        """Bytes of a staging slot, which bounds a transfer: the largest `block_bytes` of any target, 4 MiB for 0."""
+        blocks = [self.block_bytes, *(of["block_bytes"] for of in self._targets.values() if "block_bytes" in of)]
+        return max(block or 4 << 20 for block in blocks)
 
     def depth_count(self) -> int:
         """Transfers that a worker has in flight at most: `depth`, or 8 where that is 0."""
