@@ -278,6 +278,8 @@ class MpiWorld(World):
             self._say(error)
         sys.stdout.flush()
         sys.stderr.flush()
+        if not isinstance(error, KeyboardInterrupt):
+            time.sleep(_GRACE_S)  # MPICH's launcher drops what it has not read when a rank aborts
         self._mpi.COMM_WORLD.Abort(exit_code)
         raise SystemExit(exit_code)  # MPI_Abort doesn't return; this tells the type checker so
 
