@@ -18,8 +18,8 @@ MIB = 1 << 20
 RUN_ID = 0x6D6C73746F72  # of the pattern that `write` makes and `read_verified` expects
 RANDOM_BYTES = 4096
 RANDOM_DEPTH = 64  # in flight at the device
-RANDOM_WINDOW = 2048  # submitted and not reaped: the worker never waits for Python
-RANDOM_BATCH = 512  # ranges per call: what Python costs is shared by so many
+RANDOM_WINDOW = 512  # 2 MiB of destination, so that it stays in the second-level cache
+RANDOM_BATCH = 128
 PATIENCE_S = 10.0  # a batch of reads that takes longer hangs
 
 

@@ -17,6 +17,8 @@ import pytest
 if TYPE_CHECKING:
     from checkpoint_support import Bench
 
+    from mlstor import Engine
+
 MIB = 1 << 20
 # Least image that each mkfs accepts, with room for a test's files.
 LEAST_BYTES = {"ext4": 64 * MIB, "xfs": 320 * MIB, "btrfs": 256 * MIB}
@@ -221,6 +223,23 @@ def each_fs(request: pytest.FixtureRequest, shared_fs: Callable[[str], Path]) ->
     directory = shared_fs(request.param)
     yield directory
     shutil.rmtree(directory)
+
+
+@pytest.fixture(scope="module")
+def by_backend() -> Iterator[dict[str, Engine]]:
+    """A small engine of each backend that this machine has, by name."""
+    from engine_support import engines
+
+    with engines() as made:
+        yield made
+
+
+@pytest.fixture(params=("io_uring", "threads"))
+def engine(request: pytest.FixtureRequest, by_backend: dict[str, Engine]) -> Engine:
+    """A small engine on each backend in turn."""
+    if request.param not in by_backend:
+        pytest.skip("io_uring is refused here")
+    return by_backend[request.param]
 
 
 @pytest.fixture

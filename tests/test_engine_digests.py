@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import struct
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import google_crc32c
 import pytest
 import xxhash
-from engine_support import BACKENDS, BLOCK, DIRECTS, engines, leftovers, noise
+from engine_support import BLOCK, DIRECTS, leftovers, noise
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 from mlstor._io import Engine, Pattern
@@ -23,19 +23,6 @@ ORACLES: dict[str, Callable[[bytes], int]] = {
     "xxh64": xxhash.xxh64_intdigest,
 }
 QUICK = Step.RENAME
-
-
-@pytest.fixture(scope="module")
-def by_backend() -> Iterator[dict[str, Engine]]:
-    with engines() as made:
-        yield made
-
-
-@pytest.fixture(params=BACKENDS)
-def engine(request: pytest.FixtureRequest, by_backend: dict[str, Engine]) -> Engine:
-    if request.param not in by_backend:
-        pytest.skip("io_uring is refused here")
-    return by_backend[request.param]
 
 
 @pytest.mark.parametrize("direct", DIRECTS)

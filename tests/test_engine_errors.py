@@ -5,29 +5,16 @@ from __future__ import annotations
 import errno
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from engine_support import BACKENDS, BLOCK, DIRECTS, engines, finish, leftovers, noise, python, small_engine
+from engine_support import BACKENDS, BLOCK, DIRECTS, finish, leftovers, noise, python, small_engine
 
 from mlstor._io import Engine, Pattern
 from mlstor.operations import DURABLE, Extent, Late, ReadFile, Step, WriteFile
 
 MIB = 1 << 20
-
-
-@pytest.fixture(scope="module")
-def by_backend() -> Iterator[dict[str, Engine]]:
-    with engines() as made:
-        yield made
-
-
-@pytest.fixture(params=BACKENDS)
-def engine(request: pytest.FixtureRequest, by_backend: dict[str, Engine]) -> Engine:
-    if request.param not in by_backend:
-        pytest.skip("io_uring is refused here")
-    return by_backend[request.param]
 
 
 def assert_error(error: OSError, code: int, path: Path, *words: str) -> None:

@@ -9,30 +9,16 @@ import signal
 import threading
 import time
 import weakref
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from engine_support import BACKENDS, BLOCK, engines, finish, leftovers, memory, noise, python, small_engine
+from engine_support import BACKENDS, BLOCK, finish, leftovers, memory, noise, python, small_engine
 
 from mlstor._io import TIMINGS, Engine, Pattern
 from mlstor.operations import Extent, Late, ReadFile, Step, WriteFile
 from mlstor.settings import Settings
 
 MIB = 1 << 20
-
-
-@pytest.fixture(scope="module")
-def by_backend() -> Iterator[dict[str, Engine]]:
-    with engines() as made:
-        yield made
-
-
-@pytest.fixture(params=BACKENDS)
-def engine(request: pytest.FixtureRequest, by_backend: dict[str, Engine]) -> Engine:
-    if request.param not in by_backend:
-        pytest.skip("io_uring is refused here")
-    return by_backend[request.param]
 
 
 class Gate:

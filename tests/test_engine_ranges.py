@@ -7,30 +7,17 @@ import gc
 import signal
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from engine_support import BACKENDS, BLOCK, DIRECTS, engines, finish, memory, noise, python, small_engine
+from engine_support import BACKENDS, BLOCK, DIRECTS, finish, memory, noise, python, small_engine
 
-from mlstor._io import Engine, RangeFile, open_ranges
+from mlstor._io import AlignedBuffer, Engine, RangeFile, open_ranges
 from mlstor.operations import DONE_DTYPE, RANGE_DTYPE, Extent, Late, Step, WriteFile
 
 NBYTES = 40 * BLOCK + 100
-
-
-@pytest.fixture(scope="module")
-def by_backend() -> Iterator[dict[str, Engine]]:
-    with engines() as made:
-        yield made
-
-
-@pytest.fixture(params=BACKENDS)
-def engine(request: pytest.FixtureRequest, by_backend: dict[str, Engine]) -> Engine:
-    if request.param not in by_backend:
-        pytest.skip("io_uring is refused here")
-    return by_backend[request.param]
 
 
 @pytest.fixture(scope="module")
@@ -313,3 +300,70 @@ def test_arrays_are_served_in_the_order_of_submission(path: Path, backend: str, 
             asked["tag"] += 50 * array
             file.submit(asked)
         assert reap_all(file)["tag"].tolist() == list(range(400))
+
+
+def pinned_bytes() -> int:
+    """Memory of this process that the kernel holds in place for io_uring."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmPin:"):
+            return int(line.split()[1]) * 1024
+    raise ValueError("no VmPin in /proc/self/status")
+
+
+def region_engine() -> Engine:
+    """One worker with a registered pool, on direct files; skips where this machine does not grant that."""
+    engine = small_engine("io_uring", workers=1, depth=8)
+    if "buffers registered" not in engine.granted:
+        engine.close()
+        pytest.skip(f"no registered buffers here: {engine.granted}")
+    return engine
+
+
+def read_blocks(file: RangeFile, blocks: list[int], buffer: AlignedBuffer) -> None:
+    asked = np.zeros(len(blocks), RANGE_DTYPE)
+    asked["offset"] = np.array(blocks) * 4096
+    asked["nbytes"] = 4096
+    asked["dest"] = np.arange(len(blocks)) * 4096
+    file.submit(asked, buffer)
+    assert (reap_all(file)["result"] == 4096).all()
+
+
+def test_a_buffer_that_comes_again_is_registered_and_read_into_in_place(path: Path, content: bytes) -> None:
+    with region_engine() as engine:
+        file = open_ranges(engine, path, "require")
+        buffer = AlignedBuffer(16 * 4096)
+        read_blocks(file, list(range(16)), buffer)
+        before = engine.counters().zero_copy_bytes, pinned_bytes()
+        for blocks in ([*range(16, 32)], [*range(100, 84, -1)]):
+            read_blocks(file, blocks, buffer)
+            for slot, block in enumerate(blocks):
+                assert memoryview(buffer)[slot * 4096 : (slot + 1) * 4096] == content[block * 4096 : (block + 1) * 4096]
+        assert engine.counters().zero_copy_bytes - before[0] == 2 * 16 * 4096
+        assert pinned_bytes() - before[1] >= 16 * 4096
+
+
+def test_a_registered_buffer_is_let_go_when_the_engine_has_nothing_to_do(path: Path) -> None:
+    with region_engine() as engine:
+        file = open_ranges(engine, path, "require")
+        before = pinned_bytes()
+        buffer = AlignedBuffer(64 * 4096)
+        for _ in range(3):
+            read_blocks(file, [*range(64)], buffer)
+        assert pinned_bytes() > before
+        deadline = time.monotonic() + 20
+        while pinned_bytes() > before:
+            assert time.monotonic() < deadline, "still pinned"
+            time.sleep(0.1)
+
+
+def test_buffers_in_turn_at_one_address_are_told_apart(path: Path, content: bytes) -> None:
+    """A freed buffer's address is used again at once, by other pages than those that are registered."""
+    with region_engine() as engine:
+        file = open_ranges(engine, path, "require")
+        for turn in range(6):
+            buffer = AlignedBuffer(32 * 4096)
+            for again in range(3):
+                first = (turn * 3 + again) * 32
+                read_blocks(file, [*range(first, first + 32)], buffer)
+                assert memoryview(buffer) == content[first * 4096 : (first + 32) * 4096]
+            del buffer

@@ -3,29 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from engine_support import BACKENDS, BLOCK, DIRECTS, engines, leftovers, memory, noise, small_engine
+from engine_support import BACKENDS, BLOCK, DIRECTS, leftovers, memory, noise, small_engine
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 from mlstor._io import AlignedBuffer, Engine, Pattern, alignment
 from mlstor.operations import DURABLE, Extent, ReadFile, Step, WriteFile
-
-
-@pytest.fixture(scope="module")
-def by_backend() -> Iterator[dict[str, Engine]]:
-    with engines() as made:
-        yield made
-
-
-@pytest.fixture(params=BACKENDS)
-def engine(request: pytest.FixtureRequest, by_backend: dict[str, Engine]) -> Engine:
-    if request.param not in by_backend:
-        pytest.skip("io_uring is refused here")
-    return by_backend[request.param]
-
 
 ALIGNS = (512, 4096, BLOCK)
 SIZES = sorted({0, 1, 511} | {k * a + d for a in ALIGNS for k in (1, 2, 3) for d in (-1, 0, 1, 511)})

@@ -91,6 +91,9 @@ cdef extern from "operation.h" nogil:
         size_t nextents, ngroups
         uint64_t *tags
         mls_range_queue *ranges_queue
+        uint64_t region_id
+        unsigned char *region
+        uint64_t region_nbytes
         mls_unit *units
         size_t nunits
         int (*late)(void *user) noexcept nogil

@@ -1,5 +1,8 @@
 # Part of _io.pyx: memory that I/O goes to or comes from, and the pattern that fills it.
 
+cdef uint64_t buffers_made = 0
+
+
 @cython.final
 cdef class AlignedBuffer:
     """Memory whose address is a multiple of `align_bytes`, zeroed; a writable buffer of bytes. From 2 MiB on it asks
@@ -22,10 +25,14 @@ cdef class AlignedBuffer:
     cdef void *mapping
     cdef readonly size_t nbytes
     cdef size_t mapped
+    cdef uint64_t serial  # never that of another, as an address may be
 
     def __cinit__(self, nbytes, align_bytes=4096):
         if nbytes <= 0 or align_bytes <= 0 or align_bytes & (align_bytes - 1):
             raise ValueError("nbytes must be positive and align_bytes a power of two")
+        global buffers_made
+        buffers_made += 1
+        self.serial = buffers_made
         self.nbytes = nbytes
         # A huge page is pinned for a transfer in one step instead of 512.
         huge = self.nbytes >= HUGE_PAGE_BYTES

@@ -83,7 +83,9 @@ cdef class RangeFile:
         ranges : array of RANGE_DTYPE
             C-contiguous; a range holds 1 to `block_bytes` bytes.
         buffer : writable buffer, optional
-            Where they go, each at its ``dest``. None drops them.
+            Where they go, each at its ``dest``. None drops them. An `AlignedBuffer` that is given again and again is
+            registered with the ring (io_uring from Linux 5.13, memlock permitting), so that aligned ranges are neither
+            copied nor pinned one by one; its pages stay pinned until the engine has been idle for a second.
 
         Raises
         ------
@@ -128,6 +130,9 @@ cdef class RangeFile:
             if target is not None:
                 op.extents[i].kind = MLS_EXTENT_MEMORY
                 op.extents[i].memory = <unsigned char *>target.view.buf + item[i].dest
+        if isinstance(buffer, AlignedBuffer):
+            op.region_id = (<AlignedBuffer>buffer).serial
+            op.region, op.region_nbytes = <unsigned char *>target.view.buf, room
         op.nunits = count
         op.ranges_queue = self.queue
         mls_op_seal(op, &bad)
@@ -167,7 +172,9 @@ cdef class RangeFile:
             raise
         finally:  # what Ctrl-C came amidst has been taken all the same
             self.outstanding -= count
-            self.batches = [batch for batch in self.batches if not mls_op_is_done((<_Batch>batch).op)]
+            # An operation is marked as done a moment after its last range was handed over.
+            self.batches = [batch for batch in self.batches
+                            if self.outstanding and not mls_op_is_done((<_Batch>batch).op)]
             if not self.outstanding:
                 in_flight.pop(id(self), None)
         return count

@@ -10,6 +10,9 @@
 
 enum mls_io_kind { MLS_IO_READ, MLS_IO_WRITE, MLS_IO_FSYNC, MLS_IO_FDATASYNC };
 
+/* Where the bytes of a transfer lie: anywhere; in the worker's staging pool; in the region that was attached. */
+enum mls_io_memory { MLS_IO_ANYWHERE, MLS_IO_POOL, MLS_IO_REGION };
+
 struct mls_op;
 
 /* One transfer. Its worker owns it from submit until reap gives it back; the bytes stay until then. */
@@ -19,7 +22,7 @@ typedef struct mls_io {
     unsigned char *bytes;
     uint64_t nbytes;
     uint64_t offset;
-    bool in_slot;            /* bytes lie in the worker's staging pool, which may be registered */
+    int memory;              /* enum mls_io_memory */
     uint32_t align;          /* of a direct read: where a short one may go on */
     int64_t result;          /* bytes or 0; -errno */
     uint64_t submit_ns;
@@ -45,6 +48,9 @@ typedef struct mls_backend {
     int (*submit)(void *state, mls_io *io);
     /* Waits until something is done, or `wake` is called: how many of `done` were filled. */
     size_t (*reap)(void *state, mls_io **done, size_t max);
+    /* Registers memory of the caller's, in place of what was attached before; with NULL just lets that go. What is in
+     * flight keeps what it began with. 0 or -errno. NULL: the backend has nothing of the kind. */
+    int (*attach)(void *state, unsigned char *bytes, size_t nbytes);
     /* From any thread: makes a waiting `reap` return. */
     void (*wake)(void *state);
     void (*close)(void *state);

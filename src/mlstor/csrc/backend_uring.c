@@ -40,6 +40,7 @@ typedef struct uring_state {
     struct io_uring ring;
     unsigned char *pool;
     bool registered;        /* the pool, as buffer 0 */
+    bool attachable;        /* there is a slot for a buffer 1 */
     int event_fd;
     uint64_t event_value;
     bool event_armed;
@@ -118,8 +119,11 @@ static int uring_setup(void **state, unsigned depth, unsigned char *pool, size_t
     }
     uring->pool = pool;
     if (registration) { /* a refusal (8 MiB of memlock, as a rule) costs page pinning per transfer, nothing else */
-        struct iovec whole = {pool, pool_nbytes};
-        error = io_uring_register_buffers(&uring->ring, &whole, 1);
+        struct iovec both[] = {{pool, pool_nbytes}, {NULL, 0}};
+        error = io_uring_register_buffers(&uring->ring, both, 2);
+        uring->attachable = error == 0;
+        if (error) /* empty slots came with Linux 5.13 */
+            error = io_uring_register_buffers(&uring->ring, both, 1);
         uring->registered = error == 0;
         refusal = strerror(-error);
     }
@@ -127,6 +131,17 @@ static int uring_setup(void **state, unsigned depth, unsigned char *pool, size_t
              uring->registered ? "registered" : "not registered: ", uring->registered ? "" : refusal);
     *state = uring;
     return 0;
+}
+
+static int uring_attach(void *state, unsigned char *bytes, size_t nbytes)
+{
+    uring_state *uring = state;
+    const struct iovec region = {bytes, nbytes};
+    const __u64 tag = 0;
+    if (!uring->attachable)
+        return -EOPNOTSUPP;
+    int updated = io_uring_register_buffers_update_tag(&uring->ring, MLS_IO_REGION - MLS_IO_POOL, &region, &tag, 1);
+    return updated == 1 ? 0 : updated < 0 ? updated : -EINVAL;
 }
 
 static struct io_uring_sqe *next_sqe(uring_state *uring)
@@ -146,17 +161,18 @@ static int uring_submit(void *state, mls_io *io)
     if (!sqe)
         return -EAGAIN;
     unsigned nbytes = (unsigned)io->nbytes;
-    bool fixed = uring->registered && io->in_slot;
+    bool fixed = io->memory == MLS_IO_REGION || (io->memory == MLS_IO_POOL && uring->registered);
+    int buffer = io->memory - MLS_IO_POOL;
     switch (io->kind) {
     case MLS_IO_READ:
         if (fixed)
-            io_uring_prep_read_fixed(sqe, io->fd, io->bytes, nbytes, io->offset, 0);
+            io_uring_prep_read_fixed(sqe, io->fd, io->bytes, nbytes, io->offset, buffer);
         else
             io_uring_prep_read(sqe, io->fd, io->bytes, nbytes, io->offset);
         break;
     case MLS_IO_WRITE:
         if (fixed)
-            io_uring_prep_write_fixed(sqe, io->fd, io->bytes, nbytes, io->offset, 0);
+            io_uring_prep_write_fixed(sqe, io->fd, io->bytes, nbytes, io->offset, buffer);
         else
             io_uring_prep_write(sqe, io->fd, io->bytes, nbytes, io->offset);
         break;
@@ -229,6 +245,7 @@ const mls_backend mls_backend_uring = {
     .setup = uring_setup,
     .submit = uring_submit,
     .reap = uring_reap,
+    .attach = uring_attach,
     .wake = uring_wake,
     .close = uring_close,
     .max_depth = 1024,

@@ -116,6 +116,9 @@ typedef struct mls_op {
     size_t ngroups;
     uint64_t *tags;         /* RANGES: per unit */
     struct mls_range_queue *ranges_queue;
+    uint64_t region_id;     /* RANGES: not 0 if all memory extents lie in one region, which may be attached */
+    unsigned char *region;
+    uint64_t region_nbytes;
     int (*late)(void *user);/* sets the memory of LATE extents; 0 or -1 */
     void *user;
     bool has_late;

@@ -10,6 +10,7 @@
 #include <fcntl.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "plan.h"
@@ -17,6 +18,7 @@
 
 #define REAP_BATCH 64
 #define SMALL_READ_BYTES (16u << 10)
+#define REGION_IDLE_S 1
 /* At 4 MiB per worker in flight, 4 ms are 1 GB/s per worker: below that rate more in flight may help. */
 #define SLOW_TRANSFER_NS 4000000u
 
@@ -29,6 +31,29 @@ static void add_user_memory(mls_worker *worker, int n) /* one writer */
 {
     unsigned now = atomic_load_explicit(&worker->user_memory, memory_order_relaxed);
     atomic_store_explicit(&worker->user_memory, now + (unsigned)n, memory_order_release);
+}
+
+/* ---- the caller's memory, registered ---- */
+
+/* At the second operation in a row that has the region: pinning its pages takes longer than a few reads. */
+static void attach_region(mls_worker *worker, const mls_op *op)
+{
+    const mls_backend *backend = worker->crew->backend;
+    if (!backend->attach)
+        return;
+    if (worker->region_id != op->region_id && worker->next_region_id == op->region_id) {
+        worker->region_attached = backend->attach(worker->state, op->region, op->region_nbytes) == 0;
+        worker->region_id = op->region_id; /* after a refusal too: it would be refused again */
+    }
+    worker->next_region_id = op->region_id;
+}
+
+static void detach_region(mls_worker *worker)
+{
+    if (worker->region_attached)
+        worker->crew->backend->attach(worker->state, NULL, 0);
+    worker->region_attached = false;
+    worker->region_id = worker->next_region_id = 0;
 }
 
 /* ---- taking ---- */
@@ -120,6 +145,8 @@ static bool take(mls_worker *worker, mls_op **op, size_t *unit)
         if (!found)
             return false;
         if (!opened && !ended) {
+            if (found->region_id)
+                attach_region(worker, found);
             worker->current = *op = found;
             return true;
         }
@@ -174,16 +201,18 @@ static void transfer(mls_worker *worker, mls_op *op, size_t index)
     worker->free_ios = io->next;
     uint64_t begin = unit->offset / offset_align * offset_align;
     uint64_t end = (unit->offset + unit->nbytes + offset_align - 1) / offset_align * offset_align;
-    /* A small read goes through the registered pool: the copy costs less than pinning its page. */
+    /* A small read goes through the registered pool: the copy costs no more than pinning its page. Where the
+     * destination is registered too, it costs neither. */
     bool small = !writing && file->direct && unit->nbytes <= SMALL_READ_BYTES && worker->crew->backend->max_depth > 1;
-    unsigned char *in_place = small ? NULL : mls_plan_zero_copy(op, unit, file->align.mem_align, offset_align);
+    bool region = worker->region_attached && worker->region_id == op->region_id;
+    unsigned char *in_place = small && !region ? NULL : mls_plan_zero_copy(op, unit, file->align.mem_align, offset_align);
     bool second_pass = op->late_done; /* what is not late was digested before */
     io->kind = writing ? MLS_IO_WRITE : MLS_IO_READ;
     io->fd = file->fd;
     io->op = op;
     io->unit = index;
     io->zero_copy = in_place != NULL;
-    io->in_slot = !in_place;
+    io->memory = !in_place ? MLS_IO_POOL : region ? MLS_IO_REGION : MLS_IO_ANYWHERE;
     io->align = file->direct ? offset_align : 1;
     io->io_bytes = in_place ? in_place : io->slot;
     io->io_offset = begin;
@@ -429,16 +458,24 @@ static void complete(mls_worker *worker, mls_io *io, uint64_t now)
 
 /* ---- the loop ---- */
 
-/* Waits until something has changed since `seen`. False when the crew is to end. */
+/* Waits until something has changed since `seen`. False when the crew is to end. The caller's memory is let go after a
+ * while: it may long have been freed. */
 static bool idle(mls_worker *worker, unsigned long seen)
 {
     mls_engine *engine = worker->engine;
     mls_crew *crew = worker->crew;
+    int error = 0;
+    struct timespec until;
+    clock_gettime(CLOCK_MONOTONIC, &until);
+    until.tv_sec += REGION_IDLE_S;
     pthread_mutex_lock(&engine->lock);
-    while (!crew->stopping && atomic_load(&crew->changes) == seen)
-        pthread_cond_wait(&crew->work, &engine->lock);
+    while (!crew->stopping && atomic_load(&crew->changes) == seen && !error)
+        error = worker->region_attached ? pthread_cond_timedwait(&crew->work, &engine->lock, &until)
+                                        : pthread_cond_wait(&crew->work, &engine->lock);
     bool go_on = !crew->stopping;
     pthread_mutex_unlock(&engine->lock);
+    if (error)
+        detach_region(worker);
     return go_on;
 }
 

@@ -22,6 +22,8 @@ typedef struct mls_worker {
     unsigned in_flight;
     uint64_t in_flight_bytes, window_bytes; /* of transfers; the window is 0 where depth alone rules */
     uint64_t took_ns, took_count, took_bytes; /* transfers since the window was last looked at */
+    uint64_t region_id, next_region_id; /* attached, or refused; seen once */
+    bool region_attached;
     mls_op *current;
     mls_io *deferred;         /* the backend was full */
     _Atomic unsigned user_memory; /* transfers in flight that touch the caller's memory */
