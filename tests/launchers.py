@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -129,5 +130,14 @@ def alive(pid: int) -> bool:
     """Whether `pid` runs; a zombie doesn't."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):  # gone before it was opened, or while it was read
         return False
+
+
+def all_gone(pids: Iterable[int], within_s: float = 10.0) -> bool:
+    """Whether none of `pids` runs any more, soon: a launcher may end before the ranks that it has killed."""
+    deadline = time.monotonic() + within_s
+    pids = list(pids)
+    while any(map(alive, pids)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return not any(map(alive, pids))

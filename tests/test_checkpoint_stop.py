@@ -52,7 +52,7 @@ def recover_by_next_run(bench: Bench) -> None:
 def check_stopped(bench: Bench, ran: Ran, phase: str, pids: dict[int, int]) -> None:
     """All ranks of an mpirun are gone, and there is a partial record, made by process 0 or by the next run."""
     assert ran.code != 0
-    assert not any(map(launchers.alive, pids.values()))
+    assert launchers.all_gone(pids.values())
     if not list(bench.results.glob("run/record.json")):  # mpirun leaves process 0 half a second for it
         recover_by_next_run(bench)
     check_partial(bench, ran, phase)

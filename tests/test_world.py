@@ -260,7 +260,7 @@ def test_a_killed_rank_takes_the_others_along(mpi: launchers.Mpi, tmp_path: Path
     done = running.wait(20)
     assert done.returncode != 0
     assert "reached" not in done.stdout
-    assert not any(map(launchers.alive, pids.values()))
+    assert launchers.all_gone(pids.values())
 
 
 def test_sigterm_to_a_rank_inside_a_barrier_ends_the_run(mpi: launchers.Mpi, tmp_path: Path) -> None:
@@ -271,7 +271,7 @@ def test_sigterm_to_a_rank_inside_a_barrier_ends_the_run(mpi: launchers.Mpi, tmp
     done = running.wait(20)
     assert done.returncode == 143
     assert "in 'never': stopped by SIGTERM" in done.stderr
-    assert not any(map(launchers.alive, pids.values()))
+    assert launchers.all_gone(pids.values())
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
@@ -283,10 +283,7 @@ def test_a_stopped_launcher_lets_every_rank_save_first(mpi: launchers.Mpi, tmp_p
     done = running.wait(20)
     assert done.returncode != 0
     assert sorted(path.name for path in tmp_path.glob("saved-*")) == ["saved-0", "saved-1"]
-    deadline = time.monotonic() + 10
-    while any(map(launchers.alive, pids.values())) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not any(map(launchers.alive, pids.values()))
+    assert launchers.all_gone(pids.values())
 
 
 # --- mpi4py and launcher of different MPIs
