@@ -1,5 +1,5 @@
 # Declarations of csrc, nothing else.
-from libc.stdint cimport int64_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
 cdef extern from "digest.h" nogil:
     enum: MLS_DIGEST_NONE, MLS_DIGEST_CRC32, MLS_DIGEST_CRC32C, MLS_DIGEST_XXH64
@@ -20,11 +20,25 @@ cdef extern from "pattern.h" nogil:
     const char *mls_damage_kind_name(uint32_t kind)
     const char *mls_pattern_isa()
 
+cdef extern from "core_api.h" nogil:
+    const char *MLS_CORE_API_CAPSULE
+    ctypedef struct mls_core_api:
+        int (*pattern_of)(void *object, mls_pattern *out) noexcept
+    void mls_core_api_init(mls_core_api *api)
+
 cdef extern from "histogram.h" nogil:
     enum: MLS_HISTOGRAM_BUCKETS
     ctypedef struct mls_histogram:
         uint64_t count[1856]
         uint64_t total, sum_ns, min_ns, max_ns
+
+cdef extern from "permute.h" nogil:
+    ctypedef struct mls_permutation:
+        pass
+    int mls_permutation_init(mls_permutation *p, uint64_t n, uint64_t seed, uint64_t epoch)
+    void mls_permute_array(const mls_permutation *p, uint64_t *out, uint64_t start, uint64_t step, size_t count)
+    int mls_draw_array(uint64_t n, uint64_t seed, uint64_t epoch, uint64_t *out, uint64_t start, uint64_t step,
+                       size_t count)
 
 cdef extern from "platform.h" nogil:
     enum: MLS_DIRECT_NO, MLS_DIRECT_YES, MLS_DIRECT_UNKNOWN
@@ -50,6 +64,7 @@ cdef extern from "file.h" nogil:
         uint64_t nbytes
         char reason[160]
     mls_file *mls_file_new(const char *path)
+    void mls_file_ref(mls_file *file)
     void mls_file_unref(mls_file *file)
     int mls_file_path(const mls_file *file)
     uint64_t mls_now_ns()
@@ -94,6 +109,7 @@ cdef extern from "operation.h" nogil:
         uint64_t region_id
         unsigned char *region
         uint64_t region_nbytes
+        mls_file **files
         mls_unit *units
         size_t nunits
         int (*late)(void *user) noexcept nogil
@@ -146,6 +162,47 @@ cdef extern from "engine.h" nogil:
     mls_range_queue *mls_range_queue_new()
     void mls_range_queue_free(mls_range_queue *queue)
     size_t mls_range_queue_pop(mls_range_queue *queue, mls_range_done *out, size_t max, size_t min, int64_t timeout_ns)
+
+cdef extern from "transfer.h" nogil:
+    enum: MLS_TRANSFER_READ, MLS_TRANSFER_BUFFER, MLS_KIND_SHORT, MLS_KIND_LENGTH, MLS_KIND_CHECKSUM
+    ctypedef struct mls_transfer:
+        uint8_t op, memory
+    ctypedef struct mls_completion:
+        pass
+
+cdef extern from "files.h" nogil:
+    ctypedef struct mls_files:
+        pass
+    ctypedef struct mls_batch:
+        pass
+    ctypedef struct mls_file_failure:
+        uint64_t tag
+        int kind, error, stage
+        char *key
+    ctypedef struct mls_files_config:
+        const char *root
+        int mode
+        uint32_t write_steps
+        bint evict
+    ctypedef struct mls_files_memory:
+        unsigned char *buffer
+        uint64_t nbytes
+        const mls_pattern *pattern
+        uint64_t region_id
+    mls_files *mls_files_new(mls_engine *engine, const mls_files_config *config, int *error)
+    void mls_files_unref(mls_files *files)
+    void mls_files_close(mls_files *files)
+    const char *mls_files_refusal(const mls_transfer *transfer, const char *names, size_t names_nbytes,
+                                  const mls_files_memory *memory)
+    mls_batch *mls_files_submit(mls_files *files, const mls_transfer *transfers, size_t count, const char *names,
+                                const mls_files_memory *memory)
+    bint mls_batch_is_done(const mls_batch *batch)
+    void mls_batch_unref(mls_batch *batch)
+    size_t mls_files_reap(mls_files *files, mls_completion *out, size_t max, size_t min, int64_t timeout_ns)
+    void mls_files_cancel(mls_files *files)
+    size_t mls_files_failures(mls_files *files, mls_file_failure *out, size_t max)
+    int mls_files_path(mls_files *files, char *reason)
+    uint64_t mls_files_ended(const mls_files *files)
 
 cdef extern from *:
     """

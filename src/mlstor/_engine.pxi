@@ -302,6 +302,8 @@ cdef class Engine:
                 (<Request>held).stop()
             elif isinstance(held, RangeFile) and (<RangeFile>held).engine is self:
                 (<RangeFile>held).stop()
+            elif isinstance(held, ObjectFiles) and (<ObjectFiles>held).engine is self:
+                (<ObjectFiles>held).stop()
         return 0
 
     def drain(self, timeout_s=None):
@@ -341,6 +343,8 @@ cdef class Engine:
             mls_engine_free(engine)
         for key, file in list(in_flight.items()):  # last: workers may have been handing over ranges
             if isinstance(file, RangeFile) and (<RangeFile>file).engine is self:
+                del in_flight[key]
+            elif isinstance(file, ObjectFiles) and (<ObjectFiles>file).engine is self:
                 del in_flight[key]
 
     def __enter__(self):

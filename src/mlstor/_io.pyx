@@ -17,6 +17,7 @@ cimport cython
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_FillInfo, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
 from cpython.exc cimport PyErr_CheckSignals
+from cpython.pycapsule cimport PyCapsule_New
 from libc.stdint cimport UINT64_MAX, int64_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free
 from posix.types cimport pid_t
@@ -53,4 +54,21 @@ include "_memory.pxi"
 include "_request.pxi"
 include "_engine.pxi"
 include "_ranges.pxi"
+include "_files.pxi"
+include "_range_set.pxi"
+include "_order.pxi"
 include "_host.pxi"
+
+
+cdef int pattern_of(void *given, mls_pattern *out) noexcept:
+    """The parameters of a Pattern, for another extension of this package."""
+    if not isinstance(<object>given, Pattern):
+        return -1
+    out[0] = (<Pattern>given).pattern
+    return 0
+
+
+cdef mls_core_api core_api
+mls_core_api_init(&core_api)
+core_api.pattern_of = &pattern_of
+_core_api = PyCapsule_New(&core_api, MLS_CORE_API_CAPSULE, NULL)  # what _http imports

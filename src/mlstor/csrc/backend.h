@@ -8,12 +8,17 @@
 #include <stddef.h>
 #include <stdint.h>
 
-enum mls_io_kind { MLS_IO_READ, MLS_IO_WRITE, MLS_IO_FSYNC, MLS_IO_FDATASYNC };
+enum mls_io_kind {
+    MLS_IO_READ, MLS_IO_WRITE, MLS_IO_FSYNC, MLS_IO_FDATASYNC,
+    MLS_IO_OPEN, MLS_IO_CLOSE, MLS_IO_STAT, MLS_IO_UNLINK, /* where `takes_names` */
+};
 
 /* Where the bytes of a transfer lie: anywhere; in the worker's staging pool; in the region that was attached. */
 enum mls_io_memory { MLS_IO_ANYWHERE, MLS_IO_POOL, MLS_IO_REGION };
 
 struct mls_op;
+struct mls_job;
+struct mls_statx;
 
 /* One transfer. Its worker owns it from submit until reap gives it back; the bytes stay until then. */
 typedef struct mls_io {
@@ -24,7 +29,10 @@ typedef struct mls_io {
     uint64_t offset;
     int memory;              /* enum mls_io_memory */
     uint32_t align;          /* of a direct read: where a short one may go on */
-    int64_t result;          /* bytes or 0; -errno */
+    const char *path;        /* OPEN, STAT, UNLINK: relative to the directory `fd`; STAT: empty for `fd` itself */
+    int open_flags;
+    struct mls_statx *statx; /* STAT */
+    int64_t result;          /* bytes, a descriptor or 0; -errno */
     uint64_t submit_ns;
 
     /* the worker's */
@@ -36,6 +44,7 @@ typedef struct mls_io {
     unsigned tries;          /* in a row that moved nothing */
     unsigned char *io_bytes;
     bool zero_copy, confirm;
+    struct mls_job *job;     /* files_worker.c; kept with the io */
     struct mls_io *next;
 } mls_io;
 
@@ -51,6 +60,8 @@ typedef struct mls_backend {
     /* Registers memory of the caller's, in place of what was attached before; with NULL just lets that go. What is in
      * flight keeps what it began with. 0 or -errno. NULL: the backend has nothing of the kind. */
     int (*attach)(void *state, unsigned char *bytes, size_t nbytes);
+    /* Whether it opens, closes, looks at and removes files too. NULL: it does not. */
+    bool (*takes_names)(const void *state);
     /* From any thread: makes a waiting `reap` return. */
     void (*wake)(void *state);
     void (*close)(void *state);

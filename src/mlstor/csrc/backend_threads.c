@@ -1,10 +1,11 @@
-/* pread and pwrite: one transfer at a time, so that an engine starts as many of these workers as it wants depth. */
+/* pread, pwrite, open and the like: one transfer at a time, so that an engine starts as many of these workers as it wants depth. */
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
 #endif
 #include "backend.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <unistd.h>
@@ -33,6 +34,20 @@ static int64_t sync_file(const mls_io *io)
     return result < 0 ? -errno : 0;
 }
 
+static int64_t name_call(const mls_io *io)
+{
+    switch (io->kind) {
+    case MLS_IO_OPEN:
+        return openat(io->fd, io->path, io->open_flags, 0666);
+    case MLS_IO_CLOSE:
+        return close(io->fd);
+    case MLS_IO_STAT:
+        return mls_statx_at(io->fd, io->path, MLS_STATX_BASIC_STATS, io->statx);
+    default:
+        return unlinkat(io->fd, io->path, 0);
+    }
+}
+
 static int threads_submit(void *state, mls_io *io)
 {
     threads_state *threads = state;
@@ -42,8 +57,10 @@ static int threads_submit(void *state, mls_io *io)
         io->result = mls_pread_all(io->fd, io->bytes, io->nbytes, io->offset, io->align);
     else if (io->kind == MLS_IO_WRITE)
         io->result = mls_pwrite_all(io->fd, io->bytes, io->nbytes, io->offset);
-    else
+    else if (io->kind == MLS_IO_FSYNC || io->kind == MLS_IO_FDATASYNC)
         io->result = sync_file(io);
+    else if ((io->result = name_call(io)) < 0)
+        io->result = -errno;
     threads->done = io;
     return 0;
 }
@@ -58,6 +75,12 @@ static size_t threads_reap(void *state, mls_io **done, size_t max)
     return 1;
 }
 
+static bool threads_takes_names(const void *state)
+{
+    (void)state;
+    return true;
+}
+
 static void threads_wake(void *state) { (void)state; }
 
 const mls_backend mls_backend_threads = {
@@ -65,6 +88,7 @@ const mls_backend mls_backend_threads = {
     .setup = threads_setup,
     .submit = threads_submit,
     .reap = threads_reap,
+    .takes_names = threads_takes_names,
     .wake = threads_wake,
     .close = free,
     .max_depth = 1,

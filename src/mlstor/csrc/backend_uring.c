@@ -6,6 +6,7 @@
 #include "backend.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <liburing.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -14,6 +15,8 @@
 #include <sys/mman.h>
 #include <sys/uio.h>
 #include <unistd.h>
+
+#include "platform.h"
 
 /* Newer than some headers; the kernel has them since 5.19, 6.0 and 6.1. */
 #ifndef IORING_SETUP_COOP_TASKRUN
@@ -34,6 +37,9 @@
 #define SMALL_BYTES ((uint64_t)64 << 10)
 #define MANY_IN_FLIGHT 32
 #define WAIT_BATCH 8
+/* Opens of files whose inodes are not in memory block: the kernel hands them to threads of its own, of which it would have
+ * four per processor. */
+#define MOST_KERNEL_THREADS 64u
 #define SPARE_ENTRIES 8 /* syncs and the wake-up read go beside the transfers */
 
 typedef struct uring_state {
@@ -41,6 +47,7 @@ typedef struct uring_state {
     unsigned char *pool;
     bool registered;        /* the pool, as buffer 0 */
     bool attachable;        /* there is a slot for a buffer 1 */
+    bool names;             /* OPEN, CLOSE, STAT and UNLINK are granted */
     int event_fd;
     uint64_t event_value;
     bool event_armed;
@@ -69,15 +76,19 @@ static int ring_setup(struct io_uring *ring, unsigned entries)
     return error;
 }
 
-/* A sandbox may grant a ring without the operations; that is no ring. 0 or -errno. */
-static int check_operations(struct io_uring *ring)
+/* A sandbox may grant a ring without the operations; that is no ring. 0 or -errno. *names: are those of files granted? */
+static int check_operations(struct io_uring *ring, bool *names)
 {
+    static const int of_names[] = {IORING_OP_OPENAT, IORING_OP_CLOSE, IORING_OP_STATX, IORING_OP_UNLINKAT};
     static const int needed[] = {IORING_OP_READ, IORING_OP_WRITE, IORING_OP_READ_FIXED, IORING_OP_WRITE_FIXED,
                                  IORING_OP_FSYNC};
     struct io_uring_probe *probe = io_uring_get_probe_ring(ring);
     int error = probe ? 0 : -EOPNOTSUPP;
     for (size_t i = 0; !error && i < sizeof needed / sizeof *needed; i++)
         error = io_uring_opcode_supported(probe, needed[i]) ? 0 : -EOPNOTSUPP;
+    *names = !error;
+    for (size_t i = 0; *names && i < sizeof of_names / sizeof *of_names; i++)
+        *names = io_uring_opcode_supported(probe, of_names[i]);
     io_uring_free_probe(probe);
     return error;
 }
@@ -103,13 +114,15 @@ static int uring_setup(void **state, unsigned depth, unsigned char *pool, size_t
         free(uring);
         return error;
     }
-    error = check_operations(&uring->ring);
+    error = check_operations(&uring->ring, &uring->names);
     if (error < 0) {
         io_uring_queue_exit(&uring->ring);
         free(uring);
         return error;
     }
     io_uring_ring_dontfork(&uring->ring);
+    unsigned kernel_threads[2] = {depth < MOST_KERNEL_THREADS ? depth : MOST_KERNEL_THREADS, 0};
+    io_uring_register_iowq_max_workers(&uring->ring, kernel_threads); /* Linux 5.15; without it opens overlap less */
     io_uring_register_ring_fd(&uring->ring); /* saves a descriptor look-up per call; works without */
     uring->event_fd = eventfd(0, EFD_CLOEXEC);
     if (uring->event_fd < 0) {
@@ -176,6 +189,18 @@ static int uring_submit(void *state, mls_io *io)
         else
             io_uring_prep_write(sqe, io->fd, io->bytes, nbytes, io->offset);
         break;
+    case MLS_IO_OPEN:
+        io_uring_prep_openat(sqe, io->fd, io->path, io->open_flags, 0666);
+        break;
+    case MLS_IO_CLOSE:
+        io_uring_prep_close(sqe, io->fd);
+        break;
+    case MLS_IO_STAT:
+        io_uring_prep_statx(sqe, io->fd, io->path, AT_EMPTY_PATH, MLS_STATX_BASIC_STATS, (struct statx *)io->statx);
+        break;
+    case MLS_IO_UNLINK:
+        io_uring_prep_unlinkat(sqe, io->fd, io->path, 0);
+        break;
     default:
         io_uring_prep_fsync(sqe, io->fd, io->kind == MLS_IO_FDATASYNC ? IORING_FSYNC_DATASYNC : 0);
     }
@@ -232,6 +257,8 @@ static size_t uring_reap(void *state, mls_io **done, size_t max)
     return count;
 }
 
+static bool uring_takes_names(const void *state) { return ((const uring_state *)state)->names; }
+
 static void uring_wake(void *state)
 {
     uring_state *uring = state;
@@ -246,6 +273,7 @@ const mls_backend mls_backend_uring = {
     .submit = uring_submit,
     .reap = uring_reap,
     .attach = uring_attach,
+    .takes_names = uring_takes_names,
     .wake = uring_wake,
     .close = uring_close,
     .max_depth = 1024,
@@ -259,7 +287,8 @@ void mls_uring_probe_run(mls_uring_probe *probe)
     probe->error = -ring_setup(&ring, 8);
     if (probe->error)
         return;
-    probe->error = -check_operations(&ring);
+    bool names;
+    probe->error = -check_operations(&ring, &names);
     if (probe->error) {
         io_uring_queue_exit(&ring);
         return;

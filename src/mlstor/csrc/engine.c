@@ -78,6 +78,8 @@ static void worker_release(mls_worker *worker)
 {
     if (worker->pool)
         munmap(worker->pool, worker->pool_nbytes);
+    for (unsigned i = 0; worker->ios && i < worker->crew->depth; i++)
+        free(worker->ios[i].job);
     free(worker->ios);
 }
 
@@ -293,9 +295,15 @@ const char *mls_engine_granted(const mls_engine *engine) { return engine->grante
 unsigned mls_engine_workers(const mls_engine *engine) { return engine->crews[MLS_CREW_DIRECT].nworkers; }
 mls_latches *mls_engine_latches(mls_engine *engine) { return &engine->latches; }
 
+uint64_t mls_engine_small_bytes(const mls_engine *engine)
+{
+    uint64_t block = engine->config.block_bytes;
+    return engine->config.automatic_block && block > MLS_AUTOMATIC_BLOCK_BYTES ? MLS_AUTOMATIC_BLOCK_BYTES : block;
+}
+
 /* ---- operations ---- */
 
-int mls_engine_submit(mls_engine *engine, mls_op **ops, size_t count)
+static int submit(mls_engine *engine, mls_op **ops, size_t count, bool front)
 {
     mls_crew *crew = &engine->crews[MLS_CREW_DIRECT];
     for (size_t i = 0; i < count; i++)
@@ -309,13 +317,16 @@ int mls_engine_submit(mls_engine *engine, mls_op **ops, size_t count)
             ops[i]->block_bytes = engine->config.block_bytes;
         ops[i]->result.start_ns = now;
         ops[i]->crew = MLS_CREW_DIRECT;
-        mls_crew_enqueue_locked(crew, ops[i], false);
+        mls_crew_enqueue_locked(crew, ops[i], front);
         engine->in_flight++;
     }
     pthread_mutex_unlock(&engine->lock);
     mls_crew_wake(engine, crew);
     return 0;
 }
+
+int mls_engine_submit(mls_engine *engine, mls_op **ops, size_t count) { return submit(engine, ops, count, false); }
+int mls_engine_submit_first(mls_engine *engine, mls_op *op) { return submit(engine, &op, 1, true); }
 
 void mls_engine_finished(mls_engine *engine, mls_op *op)
 {
@@ -324,8 +335,8 @@ void mls_engine_finished(mls_engine *engine, mls_op *op)
     mls_crew_dequeue_locked(&engine->crews[op->crew], op);
     engine->in_flight--;
     bool was_full = op->opened && engine->open_files-- == engine->most_open_files;
-    bool ranges = op->kind == MLS_OP_RANGES;
-    if (!ranges) {
+    bool array = op->kind == MLS_OP_RANGES || op->batch; /* reported elsewhere */
+    if (!array) {
         op->done_next = NULL;
         if (engine->done_tail)
             engine->done_tail->done_next = op;
@@ -338,7 +349,7 @@ void mls_engine_finished(mls_engine *engine, mls_op *op)
     if (was_full) /* under the lock: with nothing in flight the engine may be freed as soon as it is open */
         wake_locked(&engine->crews[MLS_CREW_DIRECT]);
     pthread_mutex_unlock(&engine->lock);
-    if (ranges)
+    if (array)
         mls_op_unref(op);
 }
 

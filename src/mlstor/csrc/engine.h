@@ -43,10 +43,13 @@ const char *mls_engine_backend(const mls_engine *engine);  /* "io_uring" or "thr
 const char *mls_engine_granted(const mls_engine *engine);  /* ring flags and registration, or why there is no ring */
 unsigned mls_engine_workers(const mls_engine *engine);     /* of the direct crew */
 mls_latches *mls_engine_latches(mls_engine *engine);
+/* Reads up to this are done in one transfer. */
+uint64_t mls_engine_small_bytes(const mls_engine *engine);
 
 /* Takes sealed operations; a reference is kept until each is reaped. 0, or -EINVAL: a block
  * larger than the engine's. */
 int mls_engine_submit(mls_engine *engine, mls_op **ops, size_t count);
+int mls_engine_submit_first(mls_engine *engine, mls_op *op); /* in front of all that waits */
 
 /* Done operations, oldest first; each with a reference that is now the caller's. Waits for at least `min` of them or
  * `timeout_ns` (negative: for ever), or until nothing is in flight. */
@@ -72,12 +75,26 @@ void mls_engine_counters(mls_engine *engine, mls_counters *sum);
 bool mls_engine_reset_histograms(mls_engine *engine);
 void mls_engine_histogram(mls_engine *engine, int timing, mls_histogram *sum);
 
-/* Where the ranges of MLS_OP_RANGES operations are reported. */
-typedef struct mls_range_queue mls_range_queue;
-mls_range_queue *mls_range_queue_new(void);
-void mls_range_queue_free(mls_range_queue *queue);
-void mls_range_queue_push(mls_range_queue *queue, const mls_range_done *done, size_t count);
+/* Where completions of arrays are reported: ranges of a file, files. All items of a queue have one size. */
+typedef struct mls_done_queue mls_done_queue;
+mls_done_queue *mls_done_queue_new(size_t item_nbytes);
+void mls_done_queue_free(mls_done_queue *queue);
+void mls_done_queue_push(mls_done_queue *queue, const void *done, size_t count);
 /* At least `min` of them, or as many as there are at the timeout. */
-size_t mls_range_queue_pop(mls_range_queue *queue, mls_range_done *out, size_t max, size_t min, int64_t timeout_ns);
+size_t mls_done_queue_pop(mls_done_queue *queue, void *out, size_t max, size_t min, int64_t timeout_ns);
+
+/* One of ranges, with their type. */
+typedef mls_done_queue mls_range_queue;
+static inline mls_range_queue *mls_range_queue_new(void) { return mls_done_queue_new(sizeof(mls_range_done)); }
+static inline void mls_range_queue_free(mls_range_queue *queue) { mls_done_queue_free(queue); }
+static inline void mls_range_queue_push(mls_range_queue *queue, const mls_range_done *done, size_t count)
+{
+    mls_done_queue_push(queue, done, count);
+}
+static inline size_t mls_range_queue_pop(mls_range_queue *queue, mls_range_done *out, size_t max, size_t min,
+                                         int64_t timeout_ns)
+{
+    return mls_done_queue_pop(queue, out, max, min, timeout_ns);
+}
 
 #endif

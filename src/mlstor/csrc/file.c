@@ -304,6 +304,13 @@ int mls_file_write_tail(mls_file *file, const void *bytes, size_t nbytes, uint64
     return written < 0 ? (int)written : 0;
 }
 
+void mls_drop_pages(int fd, uint64_t offset, uint64_t nbytes)
+{
+    uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE);
+    uint64_t begin = offset / page * page, end = (offset + nbytes + page - 1) / page * page;
+    posix_fadvise(fd, (off_t)begin, (off_t)(end - begin), POSIX_FADV_DONTNEED);
+}
+
 int mls_file_path(const mls_file *file) { return atomic_load(&file->confirmed); }
 
 int mls_file_close(mls_file *file)

@@ -71,6 +71,10 @@ int mls_file_write_tail(mls_file *file, const void *bytes, size_t nbytes, uint64
 int64_t mls_pwrite_all(int fd, const void *bytes, uint64_t nbytes, uint64_t offset);
 int64_t mls_pread_all(int fd, void *bytes, uint64_t nbytes, uint64_t offset, uint32_t align);
 
+/* Asks the kernel to drop the pages that hold [offset, offset+nbytes). A page in part would stay (posix_fadvise(2)), and a
+ * direct read need not end at a page's end. */
+void mls_drop_pages(int fd, uint64_t offset, uint64_t nbytes);
+
 int mls_file_path(const mls_file *file); /* enum mls_path: as far as it is known by now */
 int mls_file_close(mls_file *file);   /* 0 or -errno: some file systems report a failed upload only here */
 int mls_file_publish(mls_file *file); /* rename(temporary, path): 0 or -errno */

@@ -4,6 +4,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "files.h"
+
 mls_op *mls_op_new(int kind, const char *path, mls_file *file, size_t nextents, size_t ngroups)
 {
     mls_op *op = calloc(1, sizeof *op);
@@ -20,10 +22,10 @@ mls_op *mls_op_new(int kind, const char *path, mls_file *file, size_t nextents, 
     if (file) {
         op->file = file;
         mls_file_ref(file);
-    } else {
+    } else if (path) {
         op->file = mls_file_new(path);
     }
-    if (!op->extents || !op->groups || !op->file) {
+    if (!op->extents || !op->groups || (!op->file && kind != MLS_OP_FILES)) {
         mls_op_unref(op);
         return NULL;
     }
@@ -38,6 +40,11 @@ void mls_op_unref(mls_op *op)
         return;
     if (op->file)
         mls_file_unref(op->file);
+    for (size_t i = 0; op->files && i < op->nunits; i++)
+        mls_file_unref(op->files[i]);
+    free(op->files);
+    if (op->batch)
+        mls_batch_unref(op->batch);
     pthread_mutex_destroy(&op->lock);
     free(op->extents);
     free(op->groups);

@@ -1,4 +1,4 @@
-/* An operation: one file written or read to its end, or an array of ranges of an open file.
+/* An operation: one file written or read to its end, an array of ranges of an open file, or an array of small files.
  *
  * The caller makes it, fills in extents, submits it to an engine and may look at its result once it is done. Until then
  * the memory that its extents name belongs to the engine. No function here is called with a lock held.
@@ -16,7 +16,7 @@
 #include "file.h"
 #include "pattern.h"
 
-enum mls_op_kind { MLS_OP_WRITE, MLS_OP_READ, MLS_OP_RANGES };
+enum mls_op_kind { MLS_OP_WRITE, MLS_OP_READ, MLS_OP_RANGES, MLS_OP_FILES };
 enum mls_extent_kind { MLS_EXTENT_MEMORY, MLS_EXTENT_PATTERN, MLS_EXTENT_DROP, MLS_EXTENT_LATE };
 
 /* The steps of an operation, beside writing or reading itself. */
@@ -40,6 +40,7 @@ enum mls_stage {
 #define MLS_ESHORT 10001    /* the file ends before the bytes that were asked for */
 #define MLS_ELATE 10002     /* the callback of late extents failed */
 #define MLS_ECANCELED 10003 /* mls_op_cancel */
+#define MLS_ELENGTH 10004   /* another length than the catalog says, or than there is room for */
 
 #define MLS_MAX_DAMAGE 16
 
@@ -100,6 +101,7 @@ typedef struct mls_result {
 
 struct mls_io;
 struct mls_worker;
+struct mls_batch;
 
 typedef struct mls_op {
     /* as asked */
@@ -114,8 +116,8 @@ typedef struct mls_op {
     size_t nextents;
     mls_group *groups;
     size_t ngroups;
-    uint64_t *tags;         /* RANGES: per unit */
-    struct mls_range_queue *ranges_queue;
+    uint64_t *tags;         /* RANGES: per unit. FILES: which of the batch */
+    struct mls_done_queue *ranges_queue;
     uint64_t region_id;     /* RANGES: not 0 if all memory extents lie in one region, which may be attached */
     unsigned char *region;
     uint64_t region_nbytes;
@@ -123,8 +125,12 @@ typedef struct mls_op {
     void *user;
     bool has_late;
 
+    struct mls_batch *batch;/* FILES, and a file of such an array that is an operation of its own (files.h) */
+    size_t member;          /* of the batch, which file that is */
+
     /* under way */
-    mls_file *file;
+    mls_file *file;         /* FILES: NULL */
+    mls_file **files;       /* RANGES of several files: each unit's, all direct or none; NULL: all are in `file` */
     mls_unit *units;
     size_t nunits, nlate;   /* the last nlate units wait for late bytes */
     _Atomic size_t next, avail, phase_end, remaining;
@@ -141,6 +147,9 @@ typedef struct mls_op {
     size_t unclaimed;       /* units from here on were never taken, where the operation ended early */
     bool opened;            /* counts among the engine's open files; under its lock */
     _Atomic uint64_t transferred, zero_copy, staged;
+    _Atomic uint64_t first_byte_ns; /* with a batch: the end of the first transfer */
+    uint64_t begin_ns;      /* when it was first opened; 0 before */
+    struct mls_op *batch_next, *batch_prev; /* under way of one mls_files, under its lock */
 
     /* in the engine's lists, under its lock */
     struct mls_op *queue_next, *queue_prev, *done_next;
@@ -154,8 +163,11 @@ typedef struct mls_op {
     mls_result result;
 } mls_op;
 
-/* A new operation with one reference, or NULL. `path` is copied; for RANGES pass `file` instead (a reference is taken). */
+/* A new operation with one reference, or NULL. `path` is copied; for RANGES pass `file` instead (a reference is taken),
+ * for FILES neither. */
 mls_op *mls_op_new(int kind, const char *path, mls_file *file, size_t nextents, size_t ngroups);
+/* The file that a unit is in. */
+static inline mls_file *mls_op_file(const mls_op *op, size_t unit) { return op->files ? op->files[unit] : op->file; }
 void mls_op_ref(mls_op *op);
 void mls_op_unref(mls_op *op);
 

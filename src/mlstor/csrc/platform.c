@@ -135,6 +135,23 @@ int mls_statx_fd(int fd, uint32_t mask, struct mls_statx *out)
     return 0;
 }
 
+int mls_statx_at(int dir_fd, const char *path, uint32_t mask, struct mls_statx *out)
+{
+    struct stat st;
+    if (syscall(__NR_statx, dir_fd, path, AT_EMPTY_PATH, mask, out) == 0)
+        return 0;
+    if (errno != ENOSYS && errno != EPERM) /* EPERM: a sandbox that does not know the call */
+        return -1;
+    if (fstatat(dir_fd, path, &st, AT_EMPTY_PATH) != 0)
+        return -1;
+    memset(out, 0, sizeof *out);
+    out->stx_mode = (uint16_t)st.st_mode;
+    out->stx_size = (uint64_t)st.st_size;
+    out->stx_dev_major = major(st.st_dev);
+    out->stx_dev_minor = minor(st.st_dev);
+    return 0;
+}
+
 const char *mls_fs_name(uint64_t fs_magic)
 {
     for (size_t i = 0; i < sizeof file_systems / sizeof file_systems[0]; i++) {

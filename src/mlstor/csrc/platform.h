@@ -50,6 +50,10 @@ struct mls_statx {
     uint64_t spare3[8];
 };
 
+/* statx(2) of `path` in directory `dir_fd`, of `dir_fd` itself where it is empty. Returns 0, or -1 with errno set; where
+ * the call does not exist, type and size come from fstatat(2). */
+int mls_statx_at(int dir_fd, const char *path, uint32_t mask, struct mls_statx *out);
+
 /* statx(2) of an open file. Returns 0 or -errno (-ENOSYS before 4.11; sandboxes may answer -EPERM). */
 int mls_statx_fd(int fd, uint32_t mask, struct mls_statx *out);
 

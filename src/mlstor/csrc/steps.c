@@ -10,15 +10,13 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "files_worker.h"
 #include "plan.h"
-
-/* Small enough that what a worker has in flight stays in cache, and what Lustre and GPFS want where they say so. */
-#define AUTOMATIC_BLOCK_BYTES ((uint64_t)1 << 20)
 
 static uint64_t automatic_block(const mls_engine *engine, const mls_file *file)
 {
     uint64_t preferred = file->align.blksize;
-    uint64_t block = preferred > AUTOMATIC_BLOCK_BYTES ? preferred : AUTOMATIC_BLOCK_BYTES;
+    uint64_t block = preferred > MLS_AUTOMATIC_BLOCK_BYTES ? preferred : MLS_AUTOMATIC_BLOCK_BYTES;
     return block < engine->config.block_bytes ? block : engine->config.block_bytes;
 }
 
@@ -38,14 +36,11 @@ static void report_unclaimed(const mls_op *op)
     }
 }
 
-static void finish(mls_worker *worker, mls_op *op)
+/* What the result says of the file, and the end of what was open. */
+static void settle_result(mls_worker *worker, mls_op *op)
 {
     mls_file *file = op->file;
     mls_result *result = &op->result;
-    pthread_mutex_lock(&op->lock); /* an error that is just being noted comes first, a later one too late */
-    op->ended = true;
-    pthread_mutex_unlock(&op->lock);
-    atomic_store(&op->state, MLS_STATE_DONE);
     if (op->dir_fd >= 0)
         close(op->dir_fd);
     op->dir_fd = -1;
@@ -70,6 +65,18 @@ static void finish(mls_worker *worker, mls_op *op)
             file->temporary = NULL;
         }
     }
+}
+
+static void finish(mls_worker *worker, mls_op *op)
+{
+    pthread_mutex_lock(&op->lock); /* an error that is just being noted comes first, a later one too late */
+    op->ended = true;
+    pthread_mutex_unlock(&op->lock);
+    atomic_store(&op->state, MLS_STATE_DONE);
+    if (op->file)
+        settle_result(worker, op);
+    if (op->batch)
+        mls_files_op_ended(worker, op);
     mls_engine_finished(worker->engine, op);
 }
 
@@ -91,7 +98,7 @@ static void begin_phase(mls_worker *worker, mls_op *op, size_t begin, size_t end
     }
     if (atomic_load(&engine->closing))
         mls_op_fail(op, MLS_ECANCELED, MLS_STAGE_NONE, 0);
-    op->probing = op->file->direct && !op->file->proven && op->kind != MLS_OP_RANGES;
+    op->probing = op->file && op->file->direct && !op->file->proven && op->kind != MLS_OP_RANGES;
     /* Under the lock: who looks through the queue must not meet a phase half begun, and who claims the last unit must
      * not end the operation before it is queued. */
     pthread_mutex_lock(&engine->lock);
@@ -140,6 +147,23 @@ static void start_data(mls_worker *worker, mls_op *op)
                 threads ? MLS_CREW_BUFFERED : MLS_CREW_DIRECT);
 }
 
+/* Of an array of files: with the directories that it lies in, and of the length that was announced. 0, -errno, or
+ * -MLS_E*. */
+static int open_file(mls_worker *worker, mls_op *op)
+{
+    bool writing = op->kind == MLS_OP_WRITE, temporary = writing && (op->steps & MLS_STEP_RENAME);
+    mls_latches *latches = &worker->engine->latches;
+    int error = mls_file_open(op->file, writing, temporary, op->direct_mode, latches);
+    if (error == -ENOENT && writing && op->batch) {
+        error = mls_files_make_parents(op);
+        free(op->file->temporary); /* it was not made */
+        op->file->temporary = NULL;
+        if (!error)
+            error = mls_file_open(op->file, writing, temporary, op->direct_mode, latches);
+    }
+    return !error && !writing && op->batch ? -mls_files_check_length(op) : error;
+}
+
 void mls_steps_open(mls_worker *worker, mls_op *op)
 {
     bool writing = op->kind == MLS_OP_WRITE;
@@ -154,12 +178,17 @@ void mls_steps_open(mls_worker *worker, mls_op *op)
         start_data(worker, op);
         return;
     }
+    if (!op->begin_ns)
+        op->begin_ns = began;
+    if (op->kind == MLS_OP_FILES) {
+        begin_phase(worker, op, 0, op->nunits, mls_files_crew(worker, op));
+        return;
+    }
     op->sync_io = calloc(1, sizeof *op->sync_io);
     if (!op->sync_io)
         error = -ENOMEM;
     if (!error)
-        error = mls_file_open(file, writing, writing && (op->steps & MLS_STEP_RENAME), op->direct_mode,
-                              &worker->engine->latches);
+        error = open_file(worker, op);
     if (error) {
         fail_and_finish(worker, op, -error, MLS_STAGE_OPEN, 0);
         return;

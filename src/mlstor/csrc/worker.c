@@ -7,31 +7,18 @@
 #include "worker.h"
 
 #include <errno.h>
-#include <fcntl.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
 #include <unistd.h>
 
+#include "files_worker.h"
 #include "plan.h"
 #include "steps.h"
 
 #define REAP_BATCH 64
 #define SMALL_READ_BYTES (16u << 10)
 #define REGION_IDLE_S 1
-/* At 4 MiB per worker in flight, 4 ms are 1 GB/s per worker: below that rate more in flight may help. */
-#define SLOW_TRANSFER_NS 4000000u
-
-static void count(_Atomic uint64_t *counter, uint64_t n) /* one writer */
-{
-    atomic_store_explicit(counter, atomic_load_explicit(counter, memory_order_relaxed) + n, memory_order_relaxed);
-}
-
-static void add_user_memory(mls_worker *worker, int n) /* one writer */
-{
-    unsigned now = atomic_load_explicit(&worker->user_memory, memory_order_relaxed);
-    atomic_store_explicit(&worker->user_memory, now + (unsigned)n, memory_order_release);
-}
 
 /* ---- the caller's memory, registered ---- */
 
@@ -91,7 +78,7 @@ static mls_op *search(mls_worker *worker, size_t *unit, bool *opened, bool *ende
         following = op->queue_next;
         if (op->state == MLS_STATE_NEW) {
             mls_engine *engine = worker->engine;
-            if (op->kind != MLS_OP_RANGES) {
+            if (op->file && op->kind != MLS_OP_RANGES) {
                 if (engine->open_files >= engine->most_open_files)
                     return NULL; /* those that were begun are in front of it; mls_engine_finished wakes */
                 engine->open_files++;
@@ -160,7 +147,7 @@ static bool take(mls_worker *worker, mls_op **op, size_t *unit)
 
 /* ---- submitting ---- */
 
-static void submit(mls_worker *worker, mls_io *io)
+void mls_worker_submit(mls_worker *worker, mls_io *io)
 {
     const mls_backend *backend = worker->crew->backend;
     if (backend->submit(worker->state, io) == 0)
@@ -179,11 +166,10 @@ void mls_worker_sync(mls_worker *worker, mls_op *op, int fd, int kind)
     io->submit_ns = mls_now_ns();
     mls_op_ref(op);
     worker->in_flight++;
-    submit(worker, io);
+    mls_worker_submit(worker, io);
 }
 
-/* btrfs, which does not report its alignment, reads through the page cache into memory that has never been touched. */
-static void touch_destination(unsigned char *bytes, uint64_t nbytes)
+void mls_worker_touch(unsigned char *bytes, uint64_t nbytes)
 {
     volatile unsigned char *page = bytes; /* about to be overwritten */
     for (uint64_t i = 0; i < nbytes; i += 4096)
@@ -193,8 +179,12 @@ static void touch_destination(unsigned char *bytes, uint64_t nbytes)
 
 static void transfer(mls_worker *worker, mls_op *op, size_t index)
 {
+    if (op->kind == MLS_OP_FILES) {
+        mls_files_begin(worker, op, index);
+        return;
+    }
     const mls_unit *unit = &op->units[index];
-    mls_file *file = op->file;
+    mls_file *file = mls_op_file(op, index);
     bool writing = op->kind == MLS_OP_WRITE;
     uint32_t offset_align = writing ? file->align.offset_align : file->align.read_offset_align;
     mls_io *io = worker->free_ios;
@@ -222,44 +212,28 @@ static void transfer(mls_worker *worker, mls_op *op, size_t index)
     io->confirm = file->direct && !atomic_load_explicit(&file->confirming, memory_order_relaxed) &&
                   !atomic_exchange(&file->confirming, true);
     if (io->confirm && !writing) /* what others left in the cache would be taken for ours */
-        posix_fadvise(file->fd, (off_t)begin, (off_t)(end - begin), POSIX_FADV_DONTNEED);
+        mls_drop_pages(file->fd, begin, end - begin);
     if (!writing && in_place && file->direct && file->align.direct_supported == MLS_DIRECT_UNKNOWN)
-        touch_destination(in_place, end - begin);
+        mls_worker_touch(in_place, end - begin);
     if (writing && in_place)
         mls_plan_gather(op, unit->first_extent, begin, end - begin, NULL, !second_pass, true);
     else if (writing)
         mls_plan_gather(op, unit->first_extent, begin, end - begin, io->slot, !second_pass, true);
     if (io->zero_copy)
-        add_user_memory(worker, 1);
+        mls_worker_add_user_memory(worker, 1);
     io->bytes = io->io_bytes;
     io->offset = io->io_offset;
     io->nbytes = io->io_nbytes;
     worker->in_flight++;
     worker->in_flight_bytes += io->io_nbytes;
     io->submit_ns = mls_now_ns();
-    submit(worker, io); /* the engine's reference holds `op`: it ends only when no unit remains */
+    mls_worker_submit(worker, io); /* the engine's reference holds `op`: it ends only when no unit remains */
 }
 
 static bool has_room(const mls_worker *worker)
 {
     return worker->free_ios && worker->in_flight < worker->crew->depth &&
            (!worker->window_bytes || !worker->in_flight || worker->in_flight_bytes < worker->window_bytes);
-}
-
-/* What is in flight grows where transfers take long: more of it costs nothing on slow storage, hides latency on distant
- * storage, and is held back where it would only push the staging memory out of the caches. */
-static void adapt_window(mls_worker *worker, uint64_t nbytes, uint64_t took_ns)
-{
-    if (!worker->window_bytes || worker->window_bytes >= worker->pool_nbytes)
-        return;
-    worker->took_ns += took_ns;
-    worker->took_count++;
-    worker->took_bytes += nbytes;
-    if (worker->took_bytes < 2 * worker->window_bytes)
-        return;
-    if (worker->took_ns / worker->took_count > SLOW_TRANSFER_NS)
-        worker->window_bytes *= 2;
-    worker->took_ns = worker->took_count = worker->took_bytes = 0;
 }
 
 /* As many units as there is room for. */
@@ -272,188 +246,6 @@ static void fill(mls_worker *worker)
     while (has_room(worker) && !atomic_load(&engine->paused) && take(worker, &op, &unit))
         transfer(worker, op, unit);
     atomic_store(&worker->looking, false);
-}
-
-/* ---- completing ---- */
-
-void mls_worker_flush_ranges(mls_worker *worker)
-{
-    if (worker->nranges)
-        mls_range_queue_push(worker->ranges_queue, worker->ranges, worker->nranges);
-    worker->nranges = 0;
-}
-
-static void report_range(mls_worker *worker, const mls_io *io, int64_t result, uint64_t now)
-{
-    mls_op *op = io->op;
-    if (worker->nranges == MLS_RANGE_BATCH || worker->ranges_queue != op->ranges_queue)
-        mls_worker_flush_ranges(worker);
-    worker->ranges_queue = op->ranges_queue;
-    worker->ranges[worker->nranges++] =
-        (mls_range_done){op->tags[io->unit], result, now - io->submit_ns};
-}
-
-static void release(mls_worker *worker, mls_io *io)
-{
-    io->next = worker->free_ios;
-    worker->free_ios = io;
-}
-
-/* The bytes of a unit are there: hand them on, in file order where a digest needs that. */
-static void deliver(mls_worker *worker, mls_io *io)
-{
-    mls_op *op = io->op;
-    if (op->kind != MLS_OP_WRITE && !atomic_load(&op->failed))
-        mls_plan_scatter(op, &op->units[io->unit], io->io_bytes, io->io_offset, io->zero_copy);
-    release(worker, io);
-    if (atomic_fetch_sub(&op->remaining, 1) == 1)
-        mls_steps_advance(worker, op, 0);
-}
-
-static void deliver_in_turn(mls_worker *worker, mls_io *io)
-{
-    mls_op *op = io->op;
-    mls_op_ref(op);
-    io->next = op->parked;
-    op->parked = io;
-    for (mls_io **link = &op->parked; *link;) {
-        mls_io *parked = *link;
-        if (parked->unit != op->next_ordered && !atomic_load(&op->failed)) {
-            link = &parked->next;
-            continue;
-        }
-        *link = parked->next;
-        op->next_ordered = parked->unit + 1;
-        deliver(worker, parked);
-        link = &op->parked;
-    }
-    mls_op_unref(op);
-}
-
-/* What a completion means for its transfer. */
-enum outcome { OUTCOME_COMPLETE, OUTCOME_AGAIN, OUTCOME_SHORT, OUTCOME_ERROR };
-
-/* A transfer that the kernel keeps putting off is given up after so many tries in a row. */
-#define MOST_TRIES 10000
-
-/* Takes a result into account; `needed` bytes of the transfer are wanted. */
-static enum outcome judge(mls_io *io, uint64_t needed)
-{
-    if ((io->result == -EINTR || io->result == -EAGAIN) && ++io->tries < MOST_TRIES)
-        return OUTCOME_AGAIN;
-    if (io->result < 0)
-        return OUTCOME_ERROR;
-    uint64_t reached = io->done_nbytes + (uint64_t)io->result;
-    bool progress = reached > io->reached_nbytes;
-    io->reached_nbytes = progress ? reached : io->reached_nbytes;
-    io->tries = 0;
-    if (reached >= needed)
-        return OUTCOME_COMPLETE;
-    return progress ? OUTCOME_AGAIN : OUTCOME_SHORT;
-}
-
-/* A transfer that the kernel cut short goes on from the last aligned place that it reached. */
-static void go_on(mls_worker *worker, mls_io *io)
-{
-    io->done_nbytes = io->reached_nbytes / io->align * io->align;
-    io->bytes = io->io_bytes + io->done_nbytes;
-    io->offset = io->io_offset + io->done_nbytes;
-    io->nbytes = io->io_nbytes - io->done_nbytes;
-    count(&worker->retried, 1);
-    worker->in_flight++;
-    submit(worker, io);
-}
-
-static void account(mls_worker *worker, mls_op *op, const mls_io *io, uint64_t nbytes, uint64_t now)
-{
-    bool writing = op->kind == MLS_OP_WRITE;
-    count(writing ? &worker->written_bytes : &worker->read_bytes, nbytes);
-    count(io->zero_copy ? &worker->zero_copy_bytes : &worker->staged_bytes, nbytes);
-    count(writing ? &worker->writes : &worker->reads, 1);
-    if (op->kind != MLS_OP_RANGES) {
-        atomic_fetch_add_explicit(&op->transferred, nbytes, memory_order_relaxed);
-        atomic_fetch_add_explicit(io->zero_copy ? &op->zero_copy : &op->staged, nbytes, memory_order_relaxed);
-    }
-    mls_histogram_add(&worker->times[writing ? MLS_TIME_WRITE : MLS_TIME_READ], now - io->submit_ns);
-}
-
-static void finish_range(mls_worker *worker, mls_io *io, int error, uint64_t now)
-{
-    mls_op *op = io->op;
-    const mls_unit *unit = &op->units[io->unit];
-    if (!error)
-        mls_plan_scatter(op, unit, io->io_bytes, io->io_offset, io->zero_copy);
-    int code = error == MLS_ECANCELED ? ECANCELED : error;
-    report_range(worker, io, error ? -(int64_t)code : (int64_t)unit->nbytes, now);
-    release(worker, io);
-    if (atomic_fetch_sub(&op->remaining, 1) == 1) {
-        mls_worker_flush_ranges(worker);
-        mls_steps_advance(worker, op, 0);
-    }
-}
-
-static void complete_transfer(mls_worker *worker, mls_io *io, uint64_t now)
-{
-    mls_op *op = io->op;
-    mls_file *file = op->file;
-    const mls_unit *unit = &op->units[io->unit];
-    bool writing = op->kind == MLS_OP_WRITE;
-    uint64_t needed = writing ? io->io_nbytes : unit->offset + unit->nbytes - io->io_offset;
-    enum outcome outcome = judge(io, needed);
-    if (outcome == OUTCOME_AGAIN && !atomic_load(&op->failed)) {
-        go_on(worker, io);
-        return;
-    }
-    worker->in_flight_bytes -= io->io_nbytes;
-    adapt_window(worker, io->io_nbytes, now - io->submit_ns);
-    int error = outcome == OUTCOME_AGAIN ? atomic_load(&op->failed) : outcome == OUTCOME_ERROR ? (int)-io->result : outcome == OUTCOME_SHORT ? (writing ? EIO : MLS_ESHORT) : 0;
-    if (io->zero_copy)
-        add_user_memory(worker, -1);
-    if (error && op->probing && file->direct && (error == EINVAL || error == EOPNOTSUPP)) {
-        release(worker, io);
-        mls_steps_fall_back(worker, op, error);
-        return;
-    }
-    if (error && op->kind != MLS_OP_RANGES)
-        mls_op_fail(op, error, MLS_STAGE_TRANSFER, error == MLS_ESHORT ? io->io_offset + io->reached_nbytes : io->io_offset);
-    if (!error) {
-        if (io->confirm)
-            mls_file_confirm(file, io->io_offset, needed, &worker->engine->latches);
-        if (!file->direct)
-            mls_steps_settle(op, io->io_offset, io->io_nbytes);
-        account(worker, op, io, unit->nbytes, now);
-    }
-    if (op->probing) {
-        op->probing = false;
-        file->proven = !error;
-        atomic_store(&op->avail, atomic_load(&op->phase_end));
-        mls_crew_wake(worker->engine, worker->crew);
-    }
-    if (op->kind == MLS_OP_RANGES) {
-        finish_range(worker, io, error, now);
-    } else if (op->ordered && !writing) {
-        deliver_in_turn(worker, io);
-    } else {
-        deliver(worker, io);
-    }
-}
-
-static void complete(mls_worker *worker, mls_io *io, uint64_t now)
-{
-    mls_op *op = io->op;
-    worker->in_flight--;
-    if (io->kind == MLS_IO_READ || io->kind == MLS_IO_WRITE) {
-        complete_transfer(worker, io, now);
-        return;
-    }
-    if (io->result == -EINTR) {
-        mls_worker_sync(worker, op, io->fd, io->kind);
-    } else {
-        count(&worker->syncs, 1);
-        mls_histogram_add(&worker->times[MLS_TIME_SYNC], now - io->submit_ns);
-        mls_steps_advance(worker, op, io->result < 0 ? (int)-io->result : 0);
-    }
-    mls_op_unref(op);
 }
 
 /* ---- the loop ---- */
@@ -499,7 +291,7 @@ static void retry_deferred(mls_worker *worker)
     worker->deferred = NULL;
     while (io) {
         mls_io *following = io->next;
-        submit(worker, io);
+        mls_worker_submit(worker, io);
         io = following;
     }
 }
@@ -518,7 +310,7 @@ void *mls_worker_main(void *argument)
         retry_deferred(worker);
         fill(worker);
         if (!worker->in_flight) {
-            count(&worker->busy_ns, mls_now_ns() - mark);
+            mls_count(&worker->busy_ns, mls_now_ns() - mark);
             if (!idle(worker, seen))
                 break;
             mark = mls_now_ns();
@@ -533,12 +325,13 @@ void *mls_worker_main(void *argument)
         atomic_store(&worker->waiting, false);
         uint64_t now = mls_now_ns();
         uint64_t waited = now - (backend->max_depth > 1 || !ndone ? asked : done[0]->submit_ns); /* threads block in submit */
-        count(&worker->wait_ns, waited);
-        count(&worker->busy_ns, now - mark > waited ? now - mark - waited : 0);
+        mls_count(&worker->wait_ns, waited);
+        mls_count(&worker->busy_ns, now - mark > waited ? now - mark - waited : 0);
         mark = now;
         for (size_t i = 0; i < ndone; i++)
-            complete(worker, done[i], now);
+            mls_worker_complete(worker, done[i], now);
         mls_worker_flush_ranges(worker);
+        mls_files_flush(worker);
     }
     if (worker->current)
         mls_op_unref(worker->current);

@@ -1,11 +1,17 @@
-/* A worker: one thread, its ring, its slice of the staging pool, its histograms. Shared by worker.c and engine.c only. */
+/* A worker: one thread, its ring, its slice of the staging pool, its histograms. For the files that make up the engine:
+ * worker.c, complete.c, steps.c, files_worker.c, engine.c.
+ */
 #ifndef MLS_WORKER_H
 #define MLS_WORKER_H
 
 #include "backend.h"
 #include "engine.h"
+#include "transfer.h"
 
 #define MLS_RANGE_BATCH 64
+#define MLS_FILE_BATCH 32
+/* Small enough that what a worker has in flight stays in cache, and what Lustre and GPFS want where they say so. */
+#define MLS_AUTOMATIC_BLOCK_BYTES ((uint64_t)1 << 20)
 
 typedef struct mls_crew mls_crew;
 
@@ -32,6 +38,9 @@ typedef struct mls_worker {
     mls_range_done ranges[MLS_RANGE_BATCH];
     size_t nranges;
     mls_range_queue *ranges_queue;
+    mls_completion files_done[MLS_FILE_BATCH];
+    struct mls_batch *files_batch[MLS_FILE_BATCH]; /* of each; their operations are not at their end yet */
+    size_t nfiles_done;
     mls_histogram times[MLS_TIMINGS];
     _Atomic uint64_t read_bytes, written_bytes, reads, writes, syncs, busy_ns, wait_ns, zero_copy_bytes, staged_bytes,
         retried;
@@ -69,6 +78,33 @@ enum { MLS_CREW_DIRECT, MLS_CREW_BUFFERED };
 enum { MLS_STATE_NEW, MLS_STATE_DATA, MLS_STATE_SYNC, MLS_STATE_SYNC_DIR, MLS_STATE_DONE };
 
 void *mls_worker_main(void *worker);
+
+static inline void mls_count(_Atomic uint64_t *counter, uint64_t n) /* one writer */
+{
+    atomic_store_explicit(counter, atomic_load_explicit(counter, memory_order_relaxed) + n, memory_order_relaxed);
+}
+
+static inline void mls_worker_add_user_memory(mls_worker *worker, int n) /* one writer */
+{
+    unsigned now = atomic_load_explicit(&worker->user_memory, memory_order_relaxed);
+    atomic_store_explicit(&worker->user_memory, now + (unsigned)n, memory_order_release);
+}
+
+/* worker.c */
+void mls_worker_submit(mls_worker *worker, mls_io *io); /* the caller has counted it in in_flight */
+/* btrfs, which does not report its alignment, reads through the page cache into memory that has never been touched. */
+void mls_worker_touch(unsigned char *bytes, uint64_t nbytes);
+
+/* complete.c: what a completion means for its transfer */
+enum mls_outcome { MLS_OUTCOME_COMPLETE, MLS_OUTCOME_AGAIN, MLS_OUTCOME_SHORT, MLS_OUTCOME_ERROR };
+
+void mls_worker_complete(mls_worker *worker, mls_io *io, uint64_t now);
+/* Takes a result into account; `needed` bytes of the transfer are wanted. */
+enum mls_outcome mls_worker_judge(mls_io *io, uint64_t needed);
+/* A transfer that the kernel cut short goes on from the last aligned place that it reached. */
+void mls_worker_go_on(mls_worker *worker, mls_io *io);
+void mls_worker_account(mls_worker *worker, mls_op *op, const mls_io *io, uint64_t nbytes, uint64_t now);
+void mls_worker_release_io(mls_worker *worker, mls_io *io);
 
 /* engine.c, for the workers */
 int mls_crew_ensure(mls_engine *engine, int crew); /* starts it if need be: 0 or -errno */
