@@ -1,6 +1,7 @@
-"""Builds the native core: one extension from Cython and csrc/, with liburing and ISA-L where they are found.
+"""Builds the native core: an extension for files from Cython and csrc/, with liburing and ISA-L where they are found,
+and one for object stores from csrc/http/ where libcurl is.
 
-Environment: MLSTOR_WITHOUT=liburing,isal builds without them; MLSTOR_SANITIZE=address,undefined (or thread)
+Environment: MLSTOR_WITHOUT=liburing,isal,libcurl builds without them; MLSTOR_SANITIZE=address,undefined (or thread)
 builds with the compiler's sanitizers.
 """
 
@@ -42,6 +43,10 @@ LIBRARIES = (
         "isal", "libisal", "ISAL", "libisal-dev",
         "CRC-32 and CRC-32C will come from tables: checksums cost several times the CPU",
     ),
+)  # fmt: skip
+LIBCURL = Library(
+    "libcurl", "libcurl", "LIBCURL", "libcurl4-openssl-dev",
+    "There will be no s3:// and no ais://: streams, copies and checkpoints know only files",
 )  # fmt: skip
 
 
@@ -86,8 +91,11 @@ def warn_loudly(library: Library, why: str) -> None:
     )
 
 
-def add_library(flags: Flags, library: Library, without: set[str]) -> None:
-    """Add `library` to `flags`: by its static archive if that can be linked, else shared, else not at all."""
+def add_library(flags: Flags, library: Library, without: set[str], static: bool = True) -> None:
+    """Add `library` to `flags`: by its static archive if `static` and that can be linked, else shared, else not at all.
+
+    libcurl is always shared: the system's is the one with the system's certificates and security fixes.
+    """
     if library.name in without:
         return warn_loudly(library, "MLSTOR_WITHOUT asks for that")
     version = pkg_config("--modversion", library.package)
@@ -99,7 +107,7 @@ def add_library(flags: Flags, library: Library, without: set[str]) -> None:
     ]
     flags.compile += shlex.split(pkg_config("--cflags", library.package) or "")
     archive = Path(pkg_config("--variable=libdir", library.package) or "", f"{library.package}.a")
-    if archive.is_file() and links_into_a_shared_object(archive):
+    if static and archive.is_file() and links_into_a_shared_object(archive):
         flags.objects.append(str(archive))
     else:
         flags.link += shlex.split(pkg_config("--libs", library.package) or "")
@@ -116,20 +124,20 @@ def sanitizer_flags() -> list[str]:
     return [f"-fsanitize={wanted}", "-fno-omit-frame-pointer", "-fno-sanitize-recover=undefined", "-g", "-O1"]
 
 
-def extension() -> Extension:
-    """The one extension module, mlstor._io."""
-    known = {library.name for library in LIBRARIES}
-    without = set(filter(None, os.environ.get("MLSTOR_WITHOUT", "").split(",")))
-    if unknown := without - known:
+def left_out() -> set[str]:
+    """Libraries that MLSTOR_WITHOUT names."""
+    known = {library.name for library in (*LIBRARIES, LIBCURL)}
+    named = set(filter(None, os.environ.get("MLSTOR_WITHOUT", "").split(",")))
+    if unknown := named - known:
         raise SystemExit(f"setup.py: MLSTOR_WITHOUT takes {', '.join(sorted(known))}, not {', '.join(unknown)}")
-    flags = Flags()
-    for library in LIBRARIES:
-        add_library(flags, library, without)
+    return named
+
+
+def module(name: str, sources: list[Path], headers: list[Path], flags: Flags) -> Extension:
+    """An extension module with the flags that all have."""
     sanitize = sanitizer_flags()
-    sources = [PACKAGE / "_io.pyx", *sorted((PACKAGE / "csrc").glob("*.c"))]
-    headers = [*sorted((PACKAGE / "csrc").glob("*.h")), *sorted(PACKAGE.glob("*.px[di]"))]
     return Extension(
-        "mlstor._io",
+        name,
         sources=[str(path) for path in sources],
         depends=[str(path) for path in headers],
         include_dirs=[str(PACKAGE / "csrc")],
@@ -148,6 +156,31 @@ def extension() -> Extension:
     )
 
 
+def headers_of(directory: Path) -> list[Path]:
+    """What a module depends on besides its sources."""
+    return [*sorted(directory.glob("*.h")), *sorted(PACKAGE.glob("*.px[di]"))]
+
+
+def extension() -> Extension:
+    """mlstor._io: files."""
+    flags = Flags()
+    for library in LIBRARIES:
+        add_library(flags, library, left_out())
+    core = PACKAGE / "csrc"
+    return module("mlstor._io", [PACKAGE / "_io.pyx", *sorted(core.glob("*.c"))], headers_of(core), flags)
+
+
+def http_extension() -> Extension | None:
+    """mlstor._http: object stores; None without libcurl."""
+    flags = Flags()
+    add_library(flags, LIBCURL, left_out(), static=False)
+    if not flags.macros:
+        return None
+    core = PACKAGE / "csrc"
+    sources = [PACKAGE / "_http.pyx", *sorted((core / "http").glob("*.c"))]
+    return module("mlstor._http", sources, [*headers_of(core), *headers_of(core / "http")], flags)
+
+
 class BuildExtension(build_ext):
     """Builds again when flags have changed too, as with another MLSTOR_WITHOUT: times of files don't show that."""
 
@@ -164,7 +197,7 @@ if __name__ == "__main__":
     setup(
         cmdclass={"build_ext": BuildExtension},
         ext_modules=cythonize(
-            [extension()],
+            [built for built in (extension(), http_extension()) if built],
             compiler_directives={"language_level": "3"},
             build_dir="build/cython",
             include_path=["src"],
