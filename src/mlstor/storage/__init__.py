@@ -1,0 +1,1 @@
+"""Where bytes live: one module per kind of URL, behind `store.Store` and `transfers.Transfers`."""
