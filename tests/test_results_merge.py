@@ -10,7 +10,8 @@ from record_factory import FILE_NBYTES, START_UNIX_NS, progress, report
 
 from mlstor.errors import WorldError
 from mlstor.results import client
-from mlstor.results.merge import MAX_INTERVALS, MIN_INTERVALS, merge_phase, merge_series
+from mlstor.results.merge import merge_phase
+from mlstor.results.merge_parts import MAX_INTERVALS, MIN_INTERVALS, merge_series
 from mlstor.results.phase import (
     MAX_DAMAGE,
     Cached,

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from mlstor.results import percentiles as p
-from mlstor.results.merge import add_histograms
+from mlstor.results.merge_parts import add_histograms
 
 LAST_NS = p.lower(p.NBUCKETS - 1)
 durations = st.integers(min_value=0, max_value=2**40)

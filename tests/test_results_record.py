@@ -18,7 +18,8 @@ from record_factory import phase, progress, record, report
 
 from mlstor.errors import UsageError
 from mlstor.results import record as r
-from mlstor.results.merge import MAX_SERIES_CELLS, MIN_INTERVALS, merge_phase
+from mlstor.results.merge import merge_phase
+from mlstor.results.merge_parts import MAX_SERIES_CELLS, MIN_INTERVALS
 from mlstor.results.percentiles import NBUCKETS
 from mlstor.results.phase import Damage, Histogram, RankFigures, Verification
 

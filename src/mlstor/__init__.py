@@ -31,6 +31,7 @@ _HOME = {
     "MlstorError": "mlstor.errors",
     "UsageError": "mlstor.errors",
     "Settings": "mlstor.settings",
+    "ObjectStream": "mlstor.stream.objects",
 }
 
 __all__ = ["__version__", *sorted(_HOME)]
@@ -61,6 +62,7 @@ if TYPE_CHECKING:
         WriteFile as WriteFile,
     )
     from mlstor.settings import Settings as Settings
+    from mlstor.stream.objects import ObjectStream as ObjectStream
 
 
 def __getattr__(name: str) -> Any:

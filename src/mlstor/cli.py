@@ -13,6 +13,15 @@ VERBS = {
         "mlstor.checkpoint.cli",
         "measure checkpoints: write, read and verify them, alone or under mpirun",
     ),
+    "stream": (
+        "mlstor.stream.cli",
+        "measure object streams: read, write and verify files, S3 and AIStore, alone or under mpirun",
+    ),
+    "copy": (
+        "mlstor.copy.cli",
+        "copy objects between directories, S3 and AIStore: verified, resumable, measured",
+    ),
+    "aisloader": ("mlstor.aisloader.cli", "take aisloader's command lines, for AIStore or S3"),
     "clean": ("mlstor.checkpoint.clean", "remove the files that a checkpoint run left"),
     "mlpstorage": (
         "mlstor.checkpoint.mlpstorage",

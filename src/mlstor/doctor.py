@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import errno
+import importlib.util
 import os
 import re
 import resource
@@ -106,7 +107,7 @@ def examine(path: str | None = None) -> dict[str, Any]:
 
     settings = Settings.resolve()
     report: dict[str, Any] = {
-        "build": _io.build_info(),
+        "build": {**_io.build_info(), **_http_build_info()},
         "kernel": kernel_findings({**_io.probe(), **limits()}),
         "host": dataclasses.asdict(host.describe()),
     }
@@ -116,6 +117,17 @@ def examine(path: str | None = None) -> dict[str, Any]:
         report["path"] = {"directory": directory, **_probe(directory)}
     report["settings"] = settings.describe()
     return report
+
+
+def _http_build_info() -> Mapping[str, str | None]:
+    """What the part for object stores was built with; None for libcurl where it was left out."""
+    if importlib.util.find_spec("mlstor._http") is None:
+        return {"libcurl": None}
+    try:
+        from mlstor import _http
+    except ImportError as error:
+        return {"libcurl": f"built in, but it can't be loaded: {error}"}
+    return _http.build_info()
 
 
 def limits() -> dict[str, int | None]:
@@ -170,6 +182,7 @@ def _build_lines(build: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     absent = {
         "liburing": "absent: I/O goes through threads (install liburing-dev, then mlstor again)",
         "isal": "absent: CRCs come from tables (install libisal-dev, then mlstor again)",
+        "libcurl": "absent: no s3:// and no ais:// (install libcurl4-openssl-dev, then mlstor again)",
     }
     for name, value in build.items():
         yield name, absent.get(name, "no") if value is None else str(value)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -35,6 +37,33 @@ def end_silently() -> None:
         signal.signal(signum, signal.SIG_DFL)
 
 
+_active: list[Interrupts] = []
+
+
+@contextmanager
+def held() -> Iterator[Callable[[], None]]:
+    """Within this context a first signal raises only where the function is called that `with` gives.
+
+    For loops that call into what a half-done step would break, such as the locks of a thread pool; they call it several
+    times a second. Without `Interrupts` around it nothing is held: signals raise as they do.
+
+        with held() as check:
+            while more:
+                check()
+                step()
+    """
+    interrupts = _active[-1] if _active else None
+    if interrupts is None:
+        yield lambda: None
+        return
+    interrupts.hold += 1
+    try:
+        yield interrupts.check
+    finally:
+        interrupts.hold -= 1
+    interrupts.check()
+
+
 class Interrupts:
     """Within this context SIGINT and SIGTERM raise `Interrupted` in the main thread.
 
@@ -50,16 +79,21 @@ class Interrupts:
 
     def __init__(self) -> None:
         self.received: int | None = None
+        #: how many `held` there are around what runs now
+        self.hold = 0
+        self._waiting = False
         self._former: dict[int, Any] = {}
 
     def __enter__(self) -> Interrupts:
         for signum in _STOPPING:
             self._former[signum] = signal.signal(signum, self._handle)
+        _active.append(self)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        _active.remove(self)
         for signum, former in self._former.items():
             # None stands for a handler that was not installed from Python and can't be put back from here
             signal.signal(signum, signal.SIG_DFL if former is None else former)
@@ -69,5 +103,13 @@ class Interrupts:
         repeated = self.received is not None
         if not repeated:
             self.received = signum
-        if signum == signal.SIGINT or not repeated:
+        if self.hold and not repeated:
+            self._waiting = True
+        elif signum == signal.SIGINT or not repeated:
             raise Interrupted(signum)
+
+    def check(self) -> None:
+        """Raise for the signal that came while it was held."""
+        if self._waiting and self.received is not None:
+            self._waiting = False
+            raise Interrupted(self.received)

@@ -104,7 +104,7 @@ def format_ns(duration_ns: float) -> str:
         if duration_ns >= factor:
             return (
                 f"{duration_ns / factor:.3g} {unit}"
-                if duration_ns < 1000 * factor
+                if duration_ns < 999.5 * factor  # from there on three digits would be written 1e+03
                 else f"{duration_ns / factor:.0f} {unit}"
             )
     return f"{duration_ns:.0f} ns"

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from mlstor.results.phase import Op, Phase
+from mlstor.results.phase import AnyPhase, Op, Phase
 from mlstor.results.record import Record
 
 GB = 10**9
@@ -28,9 +28,24 @@ def spread(values: Sequence[int]) -> Spread | None:
     return Spread(ordered[0], ordered[(len(ordered) - 1) // 2], ordered[-1]) if ordered else None
 
 
-def wall_ns(phase: Phase) -> int:
-    """From the barrier to the slowest rank's durable end; of an unfinished phase, as far as it is known."""
+def wall_ns(phase: AnyPhase) -> int:
+    """From the barrier to the slowest rank's end; of an unfinished phase, as far as it is known."""
     return max([*phase.ranks.end_ns, *phase.unfinished.elapsed_ns], default=0)
+
+
+def measured_ns(phase: AnyPhase) -> int:
+    """What counts of `wall_ns`: from the first rank's start, which in a stream is the end of the warm-up."""
+    return wall_ns(phase) - min(phase.ranks.start_ns, default=0)
+
+
+def covered_ns(phase: AnyPhase) -> int:
+    """`measured_ns` as far as the reports of the phase go: in a phase that was killed, progress may go further."""
+    return max(phase.ranks.end_ns, default=0) - min(phase.ranks.start_ns, default=0)
+
+
+def per_s(count: int, duration_ns: int) -> float | None:
+    """Operations per second; None if no time passed."""
+    return count / (duration_ns / 1e9) if duration_ns > 0 else None
 
 
 def rate(nbytes: int, duration_ns: int, unit: int = GB) -> float | None:
@@ -38,12 +53,12 @@ def rate(nbytes: int, duration_ns: int, unit: int = GB) -> float | None:
     return nbytes / unit / (duration_ns / 1e9) if duration_ns > 0 else None
 
 
-def cpu_ns(phase: Phase) -> int:
+def cpu_ns(phase: AnyPhase) -> int:
     """CPU time, user and system, of all processes."""
     return sum(phase.processes.cpu_user_ns) + sum(phase.processes.cpu_system_ns)
 
 
-def cpu_s_per_gb(phase: Phase) -> float | None:
+def cpu_s_per_gb(phase: AnyPhase) -> float | None:
     """CPU seconds of all processes per GB (10^9 bytes) moved; None if no finished process moved any."""
     nbytes = sum(phase.ranks.nbytes)
     return cpu_ns(phase) / 1e9 / (nbytes / GB) if nbytes else None

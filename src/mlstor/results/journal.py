@@ -19,9 +19,10 @@ from types import TracebackType
 import msgspec
 
 from mlstor.errors import UsageError
-from mlstor.results.merge import merge_phase
-from mlstor.results.phase import Phase, PhaseReport, Progress
-from mlstor.results.record import RECORD_FILE, Record, Recovered, RunError, save
+from mlstor.results.journal_lines import Failed, Finished, Gathered, Line, Run, Start, Under, read
+from mlstor.results.phase import PhaseReport, Progress
+from mlstor.results.record import RECORD_FILE, Record, Recovered, RunError, StreamRecord, save
+from mlstor.results.stream import StreamProgress, StreamReport
 
 JOURNAL_DIR = "journal"
 PROGRESS_INTERVAL_S = 5.0
@@ -34,46 +35,13 @@ QUIET_S = 60.0
 caller.
 """
 
+SNAPSHOT_GROWTH = 1.25
+"""Each snapshot of a stream's figures is due when its phase has lasted that much longer: a killed run loses at most a
+fifth of them, and two hours make 34 lines.
+"""
+
 _SEALING = "sealing"  # made by the one process of a failing run that makes its record
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
-
-
-class Start(msgspec.Struct, kw_only=True, tag="start"):
-    """First line of every journal: who writes it."""
-
-    process: int
-    hostname: str
-    boot_id: str
-
-
-class Run(msgspec.Struct, kw_only=True, tag="run"):
-    """Second line of process 0's journal: the run as a record without phases, and what merging needs to know
-    of hosts.
-    """
-
-    record: Record
-    host_cores: list[int] = []
-
-
-class Finished(msgspec.Struct, kw_only=True, tag="finished"):
-    """A phase that this process has finished."""
-
-    report: PhaseReport
-
-
-class Under(msgspec.Struct, kw_only=True, tag="progress"):
-    """How far this process is in the phase under way."""
-
-    progress: Progress
-
-
-class Failed(msgspec.Struct, kw_only=True, tag="failed"):
-    """Why this process ended the run."""
-
-    error: RunError
-
-
-Line = Start | Run | Finished | Under | Failed
 
 
 def boot_id() -> str:
@@ -113,7 +81,7 @@ class Journal:
         self,
         run_dir: str | os.PathLike[str],
         process: int,
-        record: Record | None = None,
+        record: Record | StreamRecord | None = None,
         host_cores: Sequence[int] = (),
     ) -> None:
         self.path = Path(run_dir) / JOURNAL_DIR / f"{process}.jsonl"
@@ -129,6 +97,7 @@ class Journal:
         try:
             _lock(self._fd, wait=True)  # `find_unfinished` of another run holds it for a moment only
             self._written_s = self._synced_s = 0.0
+            self._snapshot = (-1, 0)  # phase and ns
             self._append(Start(process=process, hostname=socket.gethostname(), boot_id=boot_id()))
             if record is not None:
                 self._append(Run(record=record, host_cores=list(host_cores)))
@@ -137,7 +106,7 @@ class Journal:
             self.close()
             raise
 
-    def progress(self, progress: Progress, *, now: bool = False) -> bool:
+    def progress(self, progress: Progress | StreamProgress, *, now: bool = False) -> bool:
         """Append `progress` if `PROGRESS_INTERVAL_S` has passed since the last line, or in any case `now`; whether it
         was appended.
 
@@ -148,9 +117,22 @@ class Journal:
         self._append(Under(progress=progress))
         return True
 
-    def finished(self, report: PhaseReport) -> None:
-        """Append the figures of a phase that this process has finished."""
+    def finished(self, report: PhaseReport | StreamReport) -> None:
+        """Append the figures of a phase that this process has finished, or that was ended early."""
         self._append(Finished(report=report))
+
+    def snapshot_due(self, number: int, elapsed_ns: int) -> bool:
+        """Whether phase `number` has grown by `SNAPSHOT_GROWTH` since its last `snapshot`."""
+        before_ns = self._snapshot[1] if self._snapshot[0] == number else 0
+        return elapsed_ns >= max(int(PROGRESS_INTERVAL_S * 1e9), int(before_ns * SNAPSHOT_GROWTH))
+
+    def snapshot(self, report: StreamReport, elapsed_ns: int) -> None:
+        """Append all figures of a stream's phase as they are after `elapsed_ns`, in a report that is not complete.
+
+        Without one, a stream that is killed after hours would have no percentiles. To be called when `snapshot_due`.
+        """
+        self._append(Finished(report=report))
+        self._snapshot = (report.number, elapsed_ns)
 
     def failed(self, error: RunError) -> None:
         """Append why this process ends the run, and make it durable."""
@@ -223,23 +205,6 @@ def _alive(journal: Path, start: Start | None) -> bool:
         os.close(fd)
 
 
-def _read(journal: Path) -> tuple[list[Line], int]:
-    """Lines of a journal, and how many could not be read: the last of a process killed in mid-write, or after
-    a power failure any that never reached the disk.
-    """
-    decoder = msgspec.json.Decoder(Line)
-    lines: list[Line] = []
-    torn = 0
-    for text in journal.read_bytes().split(b"\n"):
-        if not text:
-            continue
-        try:
-            lines.append(decoder.decode(text))
-        except msgspec.DecodeError:
-            torn += 1
-    return lines, torn
-
-
 def _journals(run_dir: Path) -> list[Path]:
     return sorted((run_dir / JOURNAL_DIR).glob("*.jsonl"), key=lambda path: (len(path.name), path.name))
 
@@ -282,7 +247,7 @@ def _is_unfinished(run_dir: Path) -> bool:
     return not any(_alive(path, _start(path)) for path in journals) and not (run_dir / RECORD_FILE).exists()
 
 
-def recover(run_dir: str | os.PathLike[str]) -> Record:
+def recover(run_dir: str | os.PathLike[str]) -> Record | StreamRecord:
     """A record of what the journals in `run_dir` hold: status failed if a process said why it ended, else
     partial.
 
@@ -297,24 +262,20 @@ def recover(run_dir: str | os.PathLike[str]) -> Record:
     directory = Path(run_dir)
     run: Run | None = None
     errors: list[RunError] = []
-    reports: dict[int, list[PhaseReport]] = {}
-    latest: dict[int, Progress] = {}
+    gathered = Gathered()
     torn_lines = 0
     last_unix_s = 0.0
     journals = _journals(directory)
     for journal in journals:
-        lines, torn = _read(journal)
+        lines, torn = read(journal)
         torn_lines += torn
         last_unix_s = max(last_unix_s, journal.stat().st_mtime)
         for line in lines:
             match line:
                 case Run():
                     run = line
-                case Finished(report=report):
-                    reports.setdefault(report.number, []).append(report)
-                    latest.pop(report.process, None)
-                case Under(progress=progress):
-                    latest[progress.process] = progress
+                case Finished() | Under():
+                    gathered.add(line)
                 case Failed(error=error):
                     errors.append(error)
     if run is None:
@@ -327,34 +288,17 @@ def recover(run_dir: str | os.PathLike[str]) -> Record:
     record.status = "failed" if errors else "partial"
     record.error = errors[0] if errors else None
     record.end_unix_ns = int(last_unix_s * 10**9)
-    record.phases = _phases(reports, latest, run.host_cores, processes)
+    if isinstance(record, Record):
+        record.phases = gathered.checkpoint_phases(run.host_cores, processes)
+    else:
+        record.phases = gathered.stream_phases(run.host_cores, processes)
     record.recovered = Recovered(
         journals=len(journals), torn_lines=torn_lines, missing_processes=max(0, processes - len(journals))
     )
     return record
 
 
-def _phases(
-    reports: dict[int, list[PhaseReport]],
-    latest: dict[int, Progress],
-    host_cores: Sequence[int],
-    processes: int,
-) -> list[Phase]:
-    under: dict[int, list[Progress]] = {}
-    for progress in latest.values():
-        under.setdefault(progress.number, []).append(progress)
-    return [
-        merge_phase(
-            reports.get(number, []),
-            progress=under.get(number, []),
-            host_cores=host_cores,
-            processes=processes,
-        )
-        for number in sorted(reports.keys() | under.keys())
-    ]
-
-
-def seal(run_dir: str | os.PathLike[str], record: Record) -> Path:
+def seal(run_dir: str | os.PathLike[str], record: Record | StreamRecord) -> Path:
     """Write `record` durably as the run's and then remove all its journals; the record's path."""
     path = save(record, run_dir)
     for name in [*_journals(Path(run_dir)), Path(run_dir) / JOURNAL_DIR / _SEALING]:
@@ -363,7 +307,7 @@ def seal(run_dir: str | os.PathLike[str], record: Record) -> Path:
     return path
 
 
-def seal_early(run_dir: str | os.PathLike[str]) -> tuple[Path, Record] | None:
+def seal_early(run_dir: str | os.PathLike[str]) -> tuple[Path, Record | StreamRecord] | None:
     """Make the record of a run that ends before its time, by one of its own processes; its path and itself.
 
     None if another process is at it or has done it, or if process 0's journal lies elsewhere (results on a

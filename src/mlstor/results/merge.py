@@ -4,49 +4,11 @@ come in.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 
-from mlstor.errors import WorldError
 from mlstor.results.client import judge
-from mlstor.results.phase import (
-    MAX_DAMAGE,
-    Cached,
-    Histogram,
-    PathTaken,
-    Phase,
-    PhaseReport,
-    ProcessColumns,
-    Progress,
-    RankColumns,
-    RankFigures,
-    Series,
-    Unfinished,
-    Verification,
-)
-
-MAX_INTERVALS = 512
-"""Intervals of a phase's series at most; longer ones are summed in pairs, which doubles interval_ns."""
-MAX_SERIES_CELLS = 32_768
-"""Hosts x intervals of a phase's series at most, as long as that leaves `MIN_INTERVALS`."""
-MIN_INTERVALS = 16
-
-
-def add_histograms(histograms: Iterable[Histogram]) -> Histogram:
-    """Their sum; associative and commutative. An empty one adds nothing."""
-    total = Histogram()
-    buckets: dict[int, int] = {}
-    for one in histograms:
-        if one.count == 0:
-            continue
-        total.min_ns = one.min_ns if total.count == 0 else min(total.min_ns, one.min_ns)
-        total.max_ns = max(total.max_ns, one.max_ns)
-        total.count += one.count
-        total.sum_ns += one.sum_ns
-        for bucket, count in one.buckets:
-            buckets[bucket] = buckets.get(bucket, 0) + count
-    total.buckets = sorted(buckets.items())
-    return total
+from mlstor.results.merge_parts import add_histograms, common
+from mlstor.results.phase import Histogram, Phase, PhaseReport, Progress, Requests
 
 
 def merge_phase(
@@ -78,157 +40,31 @@ def merge_phase(
     """
     reports = sorted(reports, key=lambda report: report.process)
     progress = sorted(progress, key=lambda one: one.process)
-    everyone: list[PhaseReport | Progress] = sorted([*reports, *progress], key=lambda one: one.process)
-    _check_one_phase(everyone)
+    fields = common(reports, progress, processes, lambda one: f"{one.op} {one.checkpoint}")
+    everyone: list[PhaseReport | Progress] = [*reports, *progress]
     first = everyone[0]
-    ranks = _rank_columns(reports)
     return Phase(
-        number=first.number,
+        **fields,
         op=first.op,
         checkpoint=first.checkpoint,
-        complete=len(reports) == (len(everyone) if processes is None else processes),
-        barrier_unix_ns=first.barrier_unix_ns,
-        nbytes=sum(ranks.nbytes) + sum(one.nbytes for one in progress),
-        ranks=ranks,
-        processes=_process_columns(reports, first.barrier_unix_ns),
-        unfinished=Unfinished(
-            process=[one.process for one in progress],
-            host=[one.host for one in progress],
-            elapsed_ns=[one.elapsed_ns for one in progress],
-            nbytes=[one.nbytes for one in progress],
-        ),
         histograms=_histograms(reports),
-        series=merge_series(reports),
-        paths=_paths(reports),
-        cached=_cached(reports),
-        verification=_verification(reports),
+        requests=_requests([report.requests for report in reports if report.requests is not None]),
         client=judge(reports, host_cores),
     )
 
 
-def _check_one_phase(everyone: Sequence[PhaseReport | Progress]) -> None:
-    if not everyone:
-        raise WorldError("no process reported on the phase")
-    phases = {(one.number, one.op, one.checkpoint) for one in everyone}
-    if len(phases) > 1:
-        names = ", ".join(f"{op} {checkpoint} (phase {number})" for number, op, checkpoint in sorted(phases))
-        raise WorldError(f"the processes reported on different phases: {names}")
-    for before, after in itertools.pairwise(everyone):
-        if before.process == after.process:
-            raise WorldError(f"process {after.process} reported twice on {after.op} {after.checkpoint}")
-
-
-def _rank_columns(reports: Sequence[PhaseReport]) -> RankColumns:
-    rows = sorted(((f.rank, r.process, r.host, f) for r in reports for f in r.ranks), key=lambda row: row[:3])
-    for before, after in itertools.pairwise(rows):
-        if before[0] == after[0]:
-            raise WorldError(f"processes {before[1]} and {after[1]} both report on rank {after[0]}")
-
-    def column(get: Callable[[RankFigures], int]) -> list[int]:
-        return [get(row[3]) for row in rows]
-
-    return RankColumns(
-        rank=[row[0] for row in rows],
-        process=[row[1] for row in rows],
-        host=[row[2] for row in rows],
-        start_ns=column(lambda f: f.start_ns),
-        first_done_ns=column(lambda f: f.first_done_ns),
-        end_ns=column(lambda f: f.end_ns),
-        nbytes=column(lambda f: f.nbytes),
-        nfiles=column(lambda f: f.nfiles),
-    )
-
-
-def _process_columns(reports: Sequence[PhaseReport], barrier_unix_ns: int) -> ProcessColumns:
-    return ProcessColumns(
-        process=[r.process for r in reports],
-        cpu_user_ns=[r.cpu_user_ns for r in reports],
-        cpu_system_ns=[r.cpu_system_ns for r in reports],
-        peak_rss_bytes=[r.peak_rss_bytes for r in reports],
-        worker_busy_ns=[r.worker_busy_ns for r in reports],
-        worker_wait_ns=[r.worker_wait_ns for r in reports],
-        workers=[r.workers for r in reports],
-        cores_allowed=[r.cores_allowed for r in reports],
-        barrier_skew_ns=[r.barrier_unix_ns - barrier_unix_ns for r in reports],
+def _requests(several: Sequence[Requests]) -> Requests | None:
+    if not several:
+        return None
+    words = sorted({word for one in several for word in one.retried_by})
+    return Requests(
+        sent=sum(one.sent for one in several),
+        retries=sum(one.retries for one in several),
+        retried_by={word: sum(one.retried_by.get(word, 0) for one in several) for word in words},
+        connections=sum(one.connections for one in several),
     )
 
 
 def _histograms(reports: Sequence[PhaseReport]) -> dict[str, Histogram]:
     names = sorted({name for report in reports for name in report.histograms})
     return {name: add_histograms(r.histograms[name] for r in reports if name in r.histograms) for name in names}
-
-
-def _coarser(row: Sequence[int], times: int) -> list[int]:
-    return [sum(row[at : at + times]) for at in range(0, len(row), times)]
-
-
-def merge_series(reports: Sequence[PhaseReport]) -> Series:
-    """Bytes per interval, summed per host; short rows end in zeros.
-
-    Processes may have coarsened their series by themselves: all are brought to the longest interval, which
-    must be a multiple of the others, and then in pairs below `MAX_INTERVALS` and `MAX_SERIES_CELLS`.
-
-    Raises
-    ------
-    WorldError
-        If the intervals are not multiples of one another.
-    """
-    with_series = [report for report in reports if report.interval_ns and report.series]
-    if not with_series:
-        return Series()
-    interval_ns = max(report.interval_ns for report in with_series)
-    of_host: dict[int, list[int]] = {}
-    for report in with_series:
-        times, rest = divmod(interval_ns, report.interval_ns)
-        if rest:
-            mine_ns = report.interval_ns
-            raise WorldError(f"process {report.process} counts bytes per {mine_ns} ns, another per {interval_ns} ns")
-        row = of_host.setdefault(report.host, [])
-        mine = _coarser(report.series, times)
-        row.extend([0] * (len(mine) - len(row)))
-        for at, nbytes in enumerate(mine):
-            row[at] += nbytes
-    length = max(len(row) for row in of_host.values())
-    limit = min(MAX_INTERVALS, max(MIN_INTERVALS, MAX_SERIES_CELLS // len(of_host)))
-    times = 1
-    while -(-length // times) > limit:
-        times *= 2
-    hosts = sorted(of_host)
-    rows = [_coarser(of_host[host] + [0] * (length - len(of_host[host])), times) for host in hosts]
-    return Series(interval_ns=interval_ns * times, host=hosts, nbytes=rows)
-
-
-def _paths(reports: Sequence[PhaseReport]) -> list[PathTaken]:
-    total: dict[tuple[str, str, str, str], PathTaken] = {}
-    for path in (path for report in reports for path in report.paths):
-        key = (path.backend, path.direct, path.reason, path.fs_type)
-        if key not in total:
-            total[key] = PathTaken(backend=path.backend, direct=path.direct, reason=path.reason, fs_type=path.fs_type)
-        total[key].nfiles += path.nfiles
-        total[key].nbytes += path.nbytes
-    return [total[key] for key in sorted(total)]
-
-
-def _cached(reports: Sequence[PhaseReport]) -> Cached:
-    """The worst verdict wins, and only those who gave it say how it is known."""
-    for verdict in ("yes", "unknown", "no"):
-        ways = sorted({r.cached.how for r in reports if r.cached.verdict == verdict})
-        if ways:
-            return Cached(
-                verdict=verdict,
-                how="; ".join(way for way in ways if way),
-                resident_bytes=sum(r.cached.resident_bytes for r in reports),
-                looked_at_bytes=sum(r.cached.looked_at_bytes for r in reports),
-            )
-    return Cached()
-
-
-def _verification(reports: Sequence[PhaseReport]) -> Verification:
-    damage = [damage for report in reports for damage in report.verification.damage]
-    damage.sort(key=lambda d: (d.rank, d.file, d.offset))
-    return Verification(
-        verified_nbytes=sum(r.verification.verified_nbytes for r in reports),
-        damaged_blocks=sum(r.verification.damaged_blocks for r in reports),
-        damage=damage[:MAX_DAMAGE],
-        damage_dropped=sum(r.verification.damage_dropped for r in reports) + max(0, len(damage) - MAX_DAMAGE),
-    )

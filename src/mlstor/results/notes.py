@@ -1,5 +1,5 @@
 """What a printed record says in words, beside its tables: labelled lines for the run, its paths, its
-verdicts, its damage.
+verdicts, its damage. `stream_notes` has what only streams say.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from rich.text import Text
 
 from mlstor.results import figures
 from mlstor.results.figures import GIB
-from mlstor.results.phase import Damage, Op, PathTaken, Phase
-from mlstor.results.record import Record
+from mlstor.results.phase import AnyPhase, Damage, Op, PathTaken, Phase, Requests
+from mlstor.results.record import AnyRecord, Record, StreamRecord
+from mlstor.results.stream import StreamPhase
 from mlstor.units import format_both, format_ns
 
 MAX_DAMAGE_LINES = 8
@@ -32,8 +33,9 @@ _SHARING = {
 _STATUS = {"complete": "complete", "partial": "PARTIAL", "failed": "FAILED"}
 
 
-def phase_name(phase: Phase) -> str:
-    return f"{phase.op} {phase.checkpoint}" + ("" if phase.complete else " (partial)")
+def phase_name(phase: Phase | StreamPhase) -> str:
+    name = phase.name if isinstance(phase, StreamPhase) else f"{phase.op} {phase.checkpoint}"
+    return name + ("" if phase.complete else " (partial)")
 
 
 def rate_text(value: float | None) -> str:
@@ -58,12 +60,31 @@ def plural(count: int, word: str) -> str:
 
 
 def heading(out: Console, record: Record) -> None:
-    work, world = record.workload, record.world
+    """What a checkpoint run was, who ran it and where."""
+    work = record.workload
+    title(out, record, "checkpoint")
+    scale = (
+        ""
+        if work.scale_numerator == work.scale_denominator
+        else f", scale {work.scale_numerator}/{work.scale_denominator}"
+    )
+    line(
+        out,
+        "workload",
+        f"{work.model}{scale}, profile {work.profile}: {format_both(work.nbytes)} in "
+        f"{plural(work.nfiles, 'file')} per checkpoint",
+    )
+    line(out, "ranks", work.ranks_meaning)
+    surroundings(out, record)
+
+
+def title(out: Console, record: AnyRecord, kind: str) -> None:
+    """The run's name and status, what ended it, and how the record was recovered."""
     if any(target.is_memory for target in record.targets):
         out.print("memory, not storage", style="bold red")
     status = _STATUS[record.status]
     style = "bold" if record.status == "complete" else "bold red"
-    out.print(f"mlstor {escape(record.version)} checkpoint, run {escape(record.run_id)}: {status}", style=style)
+    out.print(f"mlstor {escape(record.version)} {kind}, run {escape(record.run_id)}: {status}", style=style)
     if record.error is not None:
         error = record.error
         where = f"rank {error.rank} on {error.host}"
@@ -78,18 +99,11 @@ def heading(out: Console, record: Record) -> None:
             f"from {plural(found.journals, 'journal')}; {found.missing_processes} missing; "
             f"{plural(found.torn_lines, 'torn line')}",
         )
-    scale = (
-        ""
-        if work.scale_numerator == work.scale_denominator
-        else f", scale {work.scale_numerator}/{work.scale_denominator}"
-    )
-    line(
-        out,
-        "workload",
-        f"{work.model}{scale}, profile {work.profile}: {format_both(work.nbytes)} in "
-        f"{plural(work.nfiles, 'file')} per checkpoint",
-    )
-    line(out, "ranks", work.ranks_meaning)
+
+
+def surroundings(out: Console, record: AnyRecord) -> None:
+    """Who ran, on which targets, with which settings."""
+    world = record.world
     line(
         out,
         "world",
@@ -137,7 +151,7 @@ def _path_text(path: PathTaken) -> str:
     return text + (f" on {path.fs_type}" if path.fs_type else "") + (f" ({path.reason})" if path.reason else "")
 
 
-def _grouped(pairs: Iterable[tuple[str, str]]) -> list[tuple[str, list[str]]]:
+def grouped(pairs: Iterable[tuple[str, str]]) -> list[tuple[str, list[str]]]:
     """Texts in order of appearance with the phases that they hold for."""
     names: dict[str, list[str]] = {}
     for name, text in pairs:
@@ -145,20 +159,24 @@ def _grouped(pairs: Iterable[tuple[str, str]]) -> list[tuple[str, list[str]]]:
     return list(names.items())
 
 
-def _for_whom(record: Record, names: Sequence[str]) -> str:
+def for_whom(record: Record | StreamRecord, names: Sequence[str]) -> str:
+    """The phases that a sentence is about; nothing where there is but one."""
+    if isinstance(record, StreamRecord) and len(record.phases) == 1:
+        return ""
     if len(names) == len(record.phases):
         return "all phases: "
     return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "") + ": "
 
 
-def paths(out: Console, record: Record) -> None:
+def paths(out: Console, record: Record | StreamRecord) -> None:
+    """How the files were reached, and whether the page cache may have answered."""
     pairs = [
         (phase_name(p), "; ".join(f"{_path_text(path)}, {plural(path.nfiles, 'file')}" for path in p.paths))
         for p in record.phases
         if p.paths
     ]
-    for at, (text, names) in enumerate(_grouped(pairs)):
-        line(out, "" if at else "path", _for_whom(record, names) + text)
+    for at, (text, names) in enumerate(grouped(pairs)):
+        line(out, "" if at else "path", for_whom(record, names) + text)
     cached = [
         (
             phase_name(p),
@@ -166,16 +184,31 @@ def paths(out: Console, record: Record) -> None:
         )
         for p in record.phases
     ]
-    for at, (text, names) in enumerate(_grouped(cached)):
+    for at, (text, names) in enumerate(grouped(cached)):
         line(
             out,
             "" if at else "cached",
-            _for_whom(record, names) + text,
+            for_whom(record, names) + text,
             "" if text.startswith("no") else "yellow",
         )
 
 
-def _resident(phase: Phase) -> str:
+def requests(out: Console, record: Record) -> None:
+    """What object stores were asked, and what had to be asked again."""
+    pairs = [(phase_name(p), _requests_text(p.requests)) for p in record.phases if p.requests is not None]
+    for at, (text, names) in enumerate(grouped(pairs)):
+        line(out, "" if at else "requests", for_whom(record, names) + text, "yellow" if "sent again" in text else "")
+
+
+def _requests_text(found: Requests) -> str:
+    text = f"{plural(found.sent, 'request')}, {plural(found.connections, 'connection')} made"
+    if found.retries:
+        objects = ", ".join(f"{word} {count:,}" for word, count in sorted(found.retried_by.items()))
+        text += f", {found.retries:,} of them sent again" + (f" (objects: {objects})" if objects else "")
+    return text
+
+
+def _resident(phase: AnyPhase) -> str:
     cached = phase.cached
     if not cached.looked_at_bytes:
         return ""
@@ -185,11 +218,11 @@ def _resident(phase: Phase) -> str:
 
 def verdicts(out: Console, record: Record) -> None:
     limited = [(phase_name(p), p.client.reason) for p in record.phases if p.client.limited == "yes"]
-    for text, names in _grouped(limited):
+    for text, names in grouped(limited):
         line(
             out,
             "client-bound",
-            f"{_for_whom(record, names)}the client, not the storage, was the limit: {text}",
+            f"{for_whom(record, names)}the client, not the storage, was the limit: {text}",
             "bold red",
         )
     if limited:
@@ -204,6 +237,11 @@ def verdicts(out: Console, record: Record) -> None:
             f"{rule.factor} x {memory} ({rule.memory_source})",
             "" if rule.verdict == "met" else "yellow",
         )
+    preflight(out, record)
+
+
+def preflight(out: Console, record: AnyRecord) -> None:
+    """Verdicts before the first byte that were not ok."""
     for check in record.preflight.checks:
         if check.verdict != "ok":
             available = "unknown" if check.available is None else f"{check.available:,}"
@@ -216,8 +254,8 @@ def verdicts(out: Console, record: Record) -> None:
             )
 
 
-def verification(out: Console, record: Record) -> None:
-    reads = [phase for phase in record.phases if phase.op == "read"]
+def verification(out: Console, reads: Sequence[Phase | StreamPhase]) -> None:
+    """What comparing the phases that read has found; nothing where there are none."""
     if not reads:
         return
     verified = sum(phase.verification.verified_nbytes for phase in reads)

@@ -1,5 +1,5 @@
-"""One phase of a run: what each process reports of it (`PhaseReport`) and what the record keeps (`Phase`).
- Integers only. Times ending in ``_ns`` are relative to the moment the process left the phase's barrier, on
+"""One phase of a run: what each process reports of it and what the record keeps. Object streams' own parts are in
+`stream`. Integers only. Times ending in ``_ns`` are relative to the moment the process left the phase's barrier, on
 its monotonic clock; those ending in ``_unix_ns`` are wall clock.
 """
 
@@ -164,23 +164,30 @@ class Client(msgspec.Struct, kw_only=True):
     nic_bytes: Count | Literal["unknown"] = "unknown"
 
 
-class Phase(msgspec.Struct, kw_only=True):
-    """All ranks' work on one checkpoint, from a barrier to the slowest rank's durable end (the largest
-    end_ns). Phases are numbered from 0 in the order in which they ran; a checkpoint may be read several times.
-    barrier_unix_ns is the wall clock of the lowest process. `complete` is false when a process is in
-    `unfinished` or missing. Histograms are by operation name.
+class Requests(msgspec.Struct, kw_only=True):
+    """What object stores were asked in a phase: requests, how many of these were sent again (`retries`), connections
+    that were made, and by what went wrong first the objects of which something was sent again (`retried_by`).
+    """
+
+    sent: Count = 0
+    retries: Count = 0
+    retried_by: dict[str, Count] = {}
+    connections: Count = 0
+
+
+class AnyPhase(msgspec.Struct, kw_only=True):
+    """What every phase of a record has, from a barrier to the slowest rank's end (the largest end_ns). Phases are
+    numbered from 0 in the order in which they ran. barrier_unix_ns is the wall clock of the lowest process. `complete`
+    is false when a process is in `unfinished` or missing, or did not come to the phase's end.
     """
 
     number: Count
-    op: Op
-    checkpoint: Count
     complete: bool = True
     barrier_unix_ns: Count
     nbytes: Count
     ranks: RankColumns
     processes: ProcessColumns
     unfinished: Unfinished
-    histograms: dict[str, Histogram]
     series: Series
     paths: list[PathTaken]
     cached: Cached
@@ -188,18 +195,27 @@ class Phase(msgspec.Struct, kw_only=True):
     client: Client
 
 
-class PhaseReport(msgspec.Struct, kw_only=True):
-    """One process's figures of one phase; gathered as MessagePack and merged by `merge.merge_phase`.
+class Phase(AnyPhase, kw_only=True):
+    """All ranks' work on one checkpoint; its end is durable, and a checkpoint may be read several times. Histograms are
+    by operation name. `requests` is null where the files are not in an object store.
+    """
 
-    `host` is the process's index into the record's hosts; memory_traffic_bytes and nic_bytes are the whole
-    host's during the phase, given by one process of each host and None in the others and where unknown.
+    op: Op
+    checkpoint: Count
+    histograms: dict[str, Histogram]
+    requests: Requests | None = None
+
+
+class ProcessReport(msgspec.Struct, kw_only=True, tag_field="kind"):
+    """What one process reports of any phase. `host` is its index into the record's hosts; memory_traffic_bytes and
+    nic_bytes are the whole host's during the phase, given by one process of each host and None in the others and where
+    unknown. `complete` is false where the phase was ended early, or is still under way.
     """
 
     number: Count
-    op: Op
-    checkpoint: Count
     process: Count
     host: Count
+    complete: bool = True
     barrier_unix_ns: Count
     ranks: list[RankFigures]
     cpu_user_ns: Count = 0
@@ -209,7 +225,6 @@ class PhaseReport(msgspec.Struct, kw_only=True):
     worker_wait_ns: Count = 0
     workers: Count = 0
     cores_allowed: Count = 0
-    histograms: dict[str, Histogram] = {}
     interval_ns: Count = 0
     series: list[Count] = []
     paths: list[PathTaken] = []
@@ -222,20 +237,36 @@ class PhaseReport(msgspec.Struct, kw_only=True):
         """As MessagePack, to be gathered over the ranks."""
         return msgspec.msgpack.encode(self)
 
+
+class PhaseReport(ProcessReport, kw_only=True, tag="checkpoint"):
+    """One process's figures of one phase of a checkpoint run; gathered as MessagePack and merged by
+    `merge.merge_phase`.
+    """
+
+    op: Op
+    checkpoint: Count
+    histograms: dict[str, Histogram] = {}
+    requests: Requests | None = None
+
     @staticmethod
     def decode(data: bytes) -> PhaseReport:
         """The report that `encode` made; msgspec.DecodeError or ValidationError if `data` is none."""
         return msgspec.msgpack.decode(data, type=PhaseReport)
 
 
-class Progress(msgspec.Struct, kw_only=True):
+class Reached(msgspec.Struct, kw_only=True, tag_field="kind"):
     """How far one process has come in the phase under way: bytes done in elapsed_ns since its barrier."""
 
     number: Count
-    op: Op
-    checkpoint: Count
     process: Count
     host: Count
     barrier_unix_ns: Count
     elapsed_ns: Count
     nbytes: Count
+
+
+class Progress(Reached, kw_only=True, tag="checkpoint"):
+    """How far one process has come with a checkpoint."""
+
+    op: Op
+    checkpoint: Count

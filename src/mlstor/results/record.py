@@ -13,11 +13,13 @@ import msgspec
 
 from mlstor.errors import UsageError
 from mlstor.results.phase import Count, Phase
+from mlstor.results.stream import StreamPhase
+from mlstor.results.stream_workload import CopyWorkload, Plain, StoreUsed, StreamWorkload
 
 SCHEMA_NAME = "mlstor-record/1"
+STREAM_SCHEMA_NAME = "mlstor-stream-record/1"
 RECORD_FILE = "record.json"
 
-Plain = int | bool | str | None
 Source = Literal["argument", "environment", "profile", "default"]
 
 
@@ -196,8 +198,8 @@ class Recovered(msgspec.Struct, kw_only=True):
     missing_processes: Count
 
 
-class Record(msgspec.Struct, kw_only=True, tag_field="schema", tag=SCHEMA_NAME):
-    """What one run of mlstor measured, and where. Integers only: ns, bytes and counts."""
+class AnyRecord(msgspec.Struct, kw_only=True, tag_field="schema"):
+    """What the record of any run has."""
 
     run_id: str
     status: Literal["complete", "partial", "failed"]
@@ -207,13 +209,31 @@ class Record(msgspec.Struct, kw_only=True, tag_field="schema", tag=SCHEMA_NAME):
     command: list[str]
     version: str
     settings: dict[str, Setting]
-    workload: Workload
     world: World
     hosts: list[Host]
     targets: list[Target]
     preflight: Preflight
-    phases: list[Phase]
     recovered: Recovered | None = None
+
+
+class Record(AnyRecord, kw_only=True, tag=SCHEMA_NAME):
+    """What one checkpoint run of mlstor measured, and where. Integers only: ns, bytes and counts. `stores` are the
+    object stores among `targets`, which are URLs then.
+    """
+
+    workload: Workload
+    stores: list[StoreUsed] = []
+    phases: list[Phase]
+
+
+class StreamRecord(AnyRecord, kw_only=True, tag=STREAM_SCHEMA_NAME):
+    """What one object stream, or one copy, measured, and where. Integers only: ns, bytes and counts. `targets` are the
+    directories among `stores`.
+    """
+
+    workload: StreamWorkload | CopyWorkload
+    stores: list[StoreUsed]
+    phases: list[StreamPhase]
 
 
 def setting(value: object, source: Source) -> Setting:
@@ -224,8 +244,8 @@ def setting(value: object, source: Source) -> Setting:
 
 
 def schema() -> dict[str, Any]:
-    """The JSON Schema (2020-12) of `Record`."""
-    made = msgspec.json.schema(Record)
+    """The JSON Schema (2020-12) of `Record` and `StreamRecord`; which of them it is stands in ``schema``."""
+    made = msgspec.json.schema(Record | StreamRecord)
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "mlstor result record",
@@ -257,7 +277,7 @@ def write_durably(path: Path, data: bytes) -> None:
         os.close(directory)
 
 
-def save(record: Record, run_dir: str | os.PathLike[str]) -> Path:
+def save(record: AnyRecord, run_dir: str | os.PathLike[str]) -> Path:
     """Write `record` durably to ``<run_dir>/record.json``, making the directory if need be, and return its
     path.
 
@@ -272,7 +292,7 @@ def save(record: Record, run_dir: str | os.PathLike[str]) -> Path:
     return path
 
 
-def load(path: str | os.PathLike[str]) -> Record:
+def load_any(path: str | os.PathLike[str]) -> Record | StreamRecord:
     """The record in `path`, which is its file or a run's directory.
 
     Raises
@@ -290,9 +310,25 @@ def load(path: str | os.PathLike[str]) -> Record:
             f"no record can be read from {file}: {error.strerror}; name a run's directory or its {RECORD_FILE}"
         ) from None
     try:
-        return msgspec.json.decode(data, type=Record)
+        return msgspec.json.decode(data, type=Record | StreamRecord)
     except msgspec.DecodeError as error:  # ValidationError is one
-        raise UsageError(f"{file} is not a record that this version reads ({SCHEMA_NAME}): {error}") from None
+        raise UsageError(
+            f"{file} is not a record that this version reads ({SCHEMA_NAME}, {STREAM_SCHEMA_NAME}): {error}"
+        ) from None
+
+
+def load(path: str | os.PathLike[str]) -> Record:
+    """The record of a checkpoint run in `path`, as `load_any`, which raises the same for others.
+
+    Raises
+    ------
+    UsageError
+        Also if the record at `path` is that of another kind of run.
+    """
+    record = load_any(path)
+    if not isinstance(record, Record):
+        raise UsageError(f"{path} is the record of an object stream, not of a checkpoint run; `mlstor show` prints it")
+    return record
 
 
 if __name__ == "__main__":

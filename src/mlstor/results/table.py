@@ -7,79 +7,64 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Sequence
-from typing import Literal
+from collections.abc import Sequence
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
-from mlstor.results import figures, mlperf
+from mlstor.errors import UsageError
+from mlstor.results import aisloader, figures, mlperf
 from mlstor.results.figures import GIB
-from mlstor.results.merge import add_histograms
-from mlstor.results.notes import heading, paths, phase_name, plural, rate_text, totals, verdicts, verification
+from mlstor.results.merge_parts import add_histograms
+from mlstor.results.notes import (
+    heading,
+    paths,
+    phase_name,
+    plural,
+    rate_text,
+    requests,
+    totals,
+    verdicts,
+    verification,
+)
 from mlstor.results.percentiles import percentile
 from mlstor.results.phase import Histogram, Op, Phase
-from mlstor.results.record import Record, load
+from mlstor.results.record import Record, StreamRecord, load_any
+from mlstor.results.stream_table import print_stream
+from mlstor.results.tables import PLAIN_WIDTH, Column, Row, number, print_table, seconds
 from mlstor.units import format_ns
 
-PLAIN_WIDTH = 100
-"""Columns when the output is no terminal."""
 MAX_OPERATION_PHASES = 6
 """Phases whose operations get rows of their own; those of a longer run are merged per direction."""
-Justify = Literal["left", "right"]
-Row = tuple[str, ...]
 OPS: tuple[Op, ...] = ("write", "read")
 
 
-def print_record(record: Record, console: Console | None = None) -> None:
+def print_record(record: Record | StreamRecord, console: Console | None = None) -> None:
     """Print `record` to `console`, by default standard output (100 columns wide if that is no terminal)."""
     out = console or Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH, highlight=False)
+    if isinstance(record, StreamRecord):
+        print_stream(out, record)
+        return
     heading(out, record)
     if record.phases:
         _throughput(out, record)
         totals(out, record)
         paths(out, record)
+        requests(out, record)
         verdicts(out, record)
         _operations(out, record)
-        verification(out, record)
+        verification(out, [phase for phase in record.phases if phase.op == "read"])
         _mlperf(out, record)
     else:
         out.print("no phase was begun", style="bold")
 
 
-def _number(value: float | None, digits: int = 2) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
-
-
-def _seconds(value_ns: int) -> str:
-    return f"{value_ns / 1e9:.2f}" if value_ns >= 10**9 else f"{value_ns / 1e9:.3f}"
-
-
-def _table(out: Console, title: str, columns: Sequence[tuple[str, Justify]], rows: Iterable[tuple[Row, str]]) -> None:
-    """A title over a table without vertical lines; nothing where there are no rows. The title is not the
-    table's own, which rich would wrap at the table's width.
-    """
-    padding = (0, 1, 0, 0) if out.width >= PLAIN_WIDTH else 0  # an ellipsis in a figure would be no figure
-    table = Table(box=box.SIMPLE_HEAD, padding=padding, pad_edge=False, show_edge=False)
-    for name, justify in columns:
-        table.add_column(name, justify=justify, no_wrap=True)
-    for cells, style in rows:
-        table.add_row(*cells, style=style)
-    if table.row_count:
-        out.print()
-        out.print(title, style="bold")
-        out.print(table)
-        out.print()
-
-
 def _throughput(out: Console, record: Record) -> None:
-    columns: list[tuple[str, Justify]] = [
+    columns: list[Column] = [
         ("\nphase", "left"), ("\nGB", "right"), ("\nGB/s", "right"), ("first\ndone s", "right"),
         ("ranks'\nmin s", "right"), ("end\nmedian s", "right"), ("\nmax s", "right"), ("CPU\ns/GB", "right"),
         ("peak\nRSS MiB", "right"), ("\ncached", "left"), ("\nclient", "left"),
     ]  # fmt: skip
-    _table(
+    print_table(
         out,
         "Throughput: bytes / time to the slowest rank's durable end",
         columns,
@@ -93,11 +78,11 @@ def _throughput_row(phase: Phase) -> tuple[Row, str]:
     rss = max(phase.processes.peak_rss_bytes, default=None)
     row = (
         phase_name(phase),
-        _number(phase.nbytes / figures.GB),
+        number(phase.nbytes / figures.GB),
         rate_text(figures.rate(phase.nbytes, figures.wall_ns(phase))),
-        "-" if first is None else _seconds(first),
-        *(("-", "-", "-") if ends is None else map(_seconds, (ends.min, ends.median, ends.max))),
-        _number(figures.cpu_s_per_gb(phase), 3),
+        "-" if first is None else seconds(first),
+        *(("-", "-", "-") if ends is None else map(seconds, (ends.min, ends.median, ends.max))),
+        number(figures.cpu_s_per_gb(phase), 3),
         "-" if rss is None else f"{rss / 2**20:.0f}",
         phase.cached.verdict,
         {"yes": "LIMIT", "no": "ok", "unknown": "unknown"}[phase.client.limited],
@@ -106,7 +91,7 @@ def _throughput_row(phase: Phase) -> tuple[Row, str]:
 
 
 def _operations(out: Console, record: Record) -> None:
-    columns: list[tuple[str, Justify]] = [("phase", "left"), ("op", "left")]
+    columns: list[Column] = [("phase", "left"), ("op", "left")]
     columns += [(name, "right") for name in ("count", "min", "mean", "p50", "p90", "p99", "p99.9", "max")]
     rows: list[tuple[Row, str]] = []
     for label, of_label in _phases_shown(record):
@@ -116,7 +101,7 @@ def _operations(out: Console, record: Record) -> None:
             if histogram.count:
                 rows.append(((label if first else "", name, *_durations(histogram)), ""))
                 first = False
-    _table(out, "Operations: durations on all ranks, merged", columns, rows)
+    print_table(out, "Operations: durations on all ranks, merged", columns, rows)
 
 
 def _phases_shown(record: Record) -> list[tuple[str, list[Phase]]]:
@@ -139,7 +124,7 @@ def _mlperf(out: Console, record: Record) -> None:
         out.print("MLPerf's fields: none, since rank 0 finished no phase of this run")
         return
     rows: list[tuple[Row, str]] = [((name, f"{value:,.4f}"), "") for name, value in metric.items()]
-    _table(out, mlperf.LABEL, [("field", "left"), ("value", "right")], rows)
+    print_table(out, mlperf.LABEL, [("field", "left"), ("value", "right")], rows)
     for op in OPS:
         rates = figures.slowest_rank_rates(record, op, GIB)
         if rates:
@@ -153,20 +138,32 @@ def _mlperf(out: Console, record: Record) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """``mlstor show RECORD``: print a stored record, or with ``--mlperf`` its figures as MLPerf's
-    summary.json.
+    summary.json, or with ``--aisloader`` as aisloader's JSON.
 
     Raises
     ------
     UsageError
-        If there is no record at RECORD.
+        If there is no record at RECORD, or it is not of the kind that is asked for.
     """
     parser = argparse.ArgumentParser(prog="mlstor show", description="Print the record of a run.")
     parser.add_argument("record", metavar="RECORD", help="a record.json, or the directory of a run under --results")
-    parser.add_argument("--mlperf", action="store_true", help="print MLPerf's summary.json fields as JSON instead")
+    shape = parser.add_mutually_exclusive_group()
+    shape.add_argument(
+        "--mlperf", action="store_true", help="print a checkpoint run as MLPerf's summary.json fields instead"
+    )
+    shape.add_argument(
+        "--aisloader", action="store_true", help="print an object stream as aisloader -json does instead"
+    )
     options = parser.parse_args(argv)
-    record = load(options.record)
+    record = load_any(options.record)
     if options.mlperf:
+        if not isinstance(record, Record):
+            raise UsageError(f"{options.record} is no checkpoint run, of which MLPerf's fields are: leave --mlperf out")
         print(json.dumps(mlperf.summary_json(record), indent=2))
+    elif options.aisloader:
+        if not isinstance(record, StreamRecord):
+            raise UsageError(f"{options.record} is no object stream, as aisloader's are: leave --aisloader out")
+        print(aisloader.encode(aisloader.of_record(record)), end="")
     else:
         print_record(record)
     return 0
