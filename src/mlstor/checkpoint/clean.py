@@ -6,10 +6,12 @@ import argparse
 import glob
 import os
 import re
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from mlstor.checkpoint import rundir
+from mlstor.checkpoint import options as checkpoint_options, rundir
 from mlstor.errors import UsageError
+from mlstor.storage.arguments import add_store_options, store_options
+from mlstor.storage.store import scheme_of
 
 _FIELD = re.compile(r"\{(?:rank|local_rank|host)\}")
 
@@ -33,22 +35,26 @@ def main(argv: list[str]) -> int:
         "paths",
         metavar="PATH",
         nargs="*",
-        help="the directories that the run measured (default: those in its record); {local_rank}, {rank} and {host} "
-        "stand for any",
+        help="the directories or URLs that the run measured (default: those in its record); {local_rank}, {rank} and "
+        "{host} stand for any directory",
     )
+    add_store_options(parser)
     parser.add_argument("--results", metavar="DIR", help="where the run's record is (results)")
-    given = parser.parse_args(argv)
+    given = parser.parse_intermixed_args(argv)
+    options = store_options(given)
     if given.paths:
         paths = [path for pattern in given.paths for path in _matches(pattern)]
     else:
-        paths = _recorded(given.run, given.results)
+        paths, recorded = _recorded(given.run, given.results)
+        options = {**recorded, **options}
     found = False
     for path in dict.fromkeys(paths):
-        manifest = rundir.load(path, given.run)
-        if manifest is None:
+        remove = _remove_objects if scheme_of(path) != "file" else _remove_files
+        result = remove(path, given.run, options)
+        if result is None:
             continue
         found = True
-        removed, foreign = rundir.remove(manifest, path)
+        removed, foreign = result
         print(f"{path}: {removed} files of run {given.run} removed")
         for other in foreign:
             print(f"{other} stays: the run did not write it")
@@ -60,8 +66,25 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _recorded(run_id: str, results_dir: str | None) -> list[str]:
-    """Directories that the run has written to, as its record says."""
+def _remove_files(path: str, run_id: str, store_options: dict[str, Any]) -> tuple[int, list[str]] | None:
+    manifest = rundir.load(path, run_id)
+    return None if manifest is None else rundir.remove(manifest, path)
+
+
+def _remove_objects(url: str, run_id: str, store_options: dict[str, Any]) -> tuple[int, list[str]] | None:
+    from mlstor.checkpoint import objectdir
+    from mlstor.stream.group import open_url
+
+    store = open_url(url, store_options)
+    try:
+        manifest = objectdir.load(store, run_id)
+        return None if manifest is None else objectdir.remove(manifest, store)
+    finally:
+        store.close()
+
+
+def _recorded(run_id: str, results_dir: str | None) -> tuple[list[str], dict[str, Any]]:
+    """Where the run has written to, and how stores were reached, as its record says."""
     from mlstor.results import record
     from mlstor.settings import Settings
 
@@ -81,11 +104,16 @@ def _recorded(run_id: str, results_dir: str | None) -> list[str]:
         print(
             f"run {run_id} had storage of its own on each of {len(loaded.hosts)} hosts: this cleans the one it runs on"
         )
-    return [target.resolved_path for target in loaded.targets]
+    said = checkpoint_options.parse(loaded.command[2:]).store_options if loaded.stores else {}
+    return [target.resolved_path for target in loaded.targets], said
 
 
 def _matches(pattern: str) -> list[str]:
-    """Directories that a PATH of a run may have stood for, on this host."""
+    """Directories that a PATH of a run may have stood for, on this host; a URL stands for itself."""
+    if scheme_of(pattern) != "file":
+        if _FIELD.search(pattern):
+            raise UsageError(f"{pattern}: name each URL, or leave all out: the run's record has them")
+        return [pattern.rstrip("/")]
     if not _FIELD.search(pattern):
         return [os.path.abspath(pattern)]
     escaped = "*".join(glob.escape(part) for part in _FIELD.split(pattern))

@@ -35,15 +35,17 @@ def evict(session: Session, checkpoint: int) -> Evicted:
     """Drop what this process will read from its host's page cache, and look page by page whether it is gone."""
     resident = looked_at = 0
     for rank in session.my_ranks:
-        for _, path in session.files(session.source_rank(rank), checkpoint):
-            _io.evict(path)
-            found, nbytes = _io.resident(path)
+        for placed in session.files(session.source_rank(rank), checkpoint):
+            _io.evict(placed.path)
+            found, nbytes = _io.resident(placed.path)
             resident += found
             looked_at += nbytes
     return Evicted(resident, looked_at)
 
 
-def cached(session: Session, paths: Iterable[PathTaken], evicted: Evicted | None, first_read: bool) -> Cached:
+def cached(
+    session: Session, paths: Iterable[PathTaken], evicted: Evicted | None, first_read: bool, in_memory: bool
+) -> Cached:
     """Whether this host's page cache may have answered for the storage.
 
     Parameters
@@ -52,13 +54,15 @@ def cached(session: Session, paths: Iterable[PathTaken], evicted: Evicted | None
         What `evict` has found, None if it was not asked.
     first_read
         Whether the run has not read this checkpoint before: each further time a host reads what it has read already.
+    in_memory
+        Whether anything that this process reads lies in memory and not on storage.
     """
     ways = list(paths)
     resident, looked_at = evicted or (0, 0)
     fs_types = {way.fs_type for way in ways}
     if not ways:
         return Cached(verdict="no", how="nothing was read")
-    if session.reads_memory or fs_types & {"tmpfs", "ramfs"}:
+    if in_memory or fs_types & {"tmpfs", "ramfs"}:
         return Cached(verdict="yes", how="the files are in memory", resident_bytes=resident, looked_at_bytes=looked_at)
     direct, fuse = all(way.direct == "yes" for way in ways), "fuse" in fs_types
     if direct and not fuse:
@@ -99,10 +103,12 @@ def verification(session: Session, chains: Sequence[Chain], checkpoint: int) -> 
         for result in chain.results:
             made.verified_nbytes += result.nbytes
             made.damaged_blocks += result.damaged_blocks
-            made.damage += [_damage(session, chain.rank, result.path, block) for block in result.damage]
-    described = len(made.damage)
-    made.damage = made.damage[:MAX_DAMAGE]
-    made.damage_dropped = made.damaged_blocks - min(described, MAX_DAMAGE)
+            room = MAX_DAMAGE - len(made.damage)
+            if result.damaged_blocks and room > 0:
+                places = session.site.damage(session, checkpoint, result, room)
+                made.damage += [_damage(session, chain.rank, result.path, block) for block in places]
+    # of a block that is read again, and is another block then, there may be more places than were counted
+    made.damage_dropped = max(0, made.damaged_blocks - len(made.damage))
     return made
 
 

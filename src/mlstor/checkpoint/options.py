@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from fractions import Fraction
-from typing import TYPE_CHECKING, Literal, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar
 
 from mlstor.errors import UsageError
+from mlstor.storage.arguments import add_store_options, store_options
 from mlstor.units import parse_duration, parse_fraction, parse_size
 
 if TYPE_CHECKING:
@@ -17,11 +18,13 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 _EVERY = "all"  # what --keep without a number stands for
 _EPILOG = """\
-PATH may be given several times or hold {local_rank}, {rank} or {host}, for nodes with several drives.
+PATH is a directory, s3://BUCKET/PREFIX or ais://BUCKET/PREFIX. It may be given several times or hold {local_rank},
+{rank} or {host}, for nodes with several drives.
 Examples:
   mlstor checkpoint --plan --model llama3-70b
   python -m mlstor.checkpoint --model llama3-8b --scale 1/16 /mnt/nvme
   mpirun -n 64 python -m mlstor.checkpoint --model llama3-70b /mnt/lustre/ckpt
+  mpirun -n 64 python -m mlstor.checkpoint --model llama3-70b s3://bucket/ckpt
 """
 
 
@@ -60,6 +63,8 @@ class Options(argparse.Namespace):
     plan: bool
     json: bool
     live: bool
+    endpoint: str | None
+    store_options: dict[str, Any]
 
     @property
     def keep_count(self) -> int | None:
@@ -100,7 +105,9 @@ def parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    made.add_argument("paths", metavar="PATH", nargs="*", help="directory to measure")
+    made.add_argument(
+        "paths", metavar="PATH", nargs="*", help="directory, s3://BUCKET/PREFIX or ais://BUCKET/PREFIX to measure"
+    )
     what = made.add_argument_group("what is written")
     what.add_argument("--model", help="llama3-8b, llama3-70b, opt-175b-full, ...; help: list them")
     what.add_argument("--workload", metavar="FILE", help="a DLIO or mlpstorage workload YAML, in place of --model")
@@ -136,7 +143,7 @@ def parser() -> argparse.ArgumentParser:
         dest="block_bytes",
         type=_said(parse_size),
         metavar="SIZE",
-        help="of one transfer (1MiB, or what the file system prefers)",
+        help="of one transfer (1MiB, or what the file system prefers); of objects a part's (the store's)",
     )
     how.add_argument("--depth", type=int, metavar="N", help="transfers in flight per worker (up to 8)")
     how.add_argument("--workers", type=int, metavar="N", help="worker threads per process (automatic)")
@@ -160,6 +167,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="T",
         help="before each phase (0; mlperf 5s)",
     )
+    add_store_options(how)
     where = made.add_argument_group("where it runs, and what it leaves")
     where.add_argument("--deal", choices=("block", "round-robin"), default="block", help="ranks to processes (block)")
     where.add_argument("--run-id", metavar="ID", help="name of the run; a read-only run names the one it reads")
@@ -212,6 +220,7 @@ def parse(argv: list[str]) -> Options:
     if given.keep is not None and given.keep != _EVERY and not given.keep.isdecimal():
         given.paths.insert(0, given.keep)  # `--keep PATH`: the count was left out
         given.keep = _EVERY
+    given.store_options = store_options(given)
     default_count = 10 if given.profile == "mlperf" else 1
     given.writes = default_count if given.writes is None else given.writes
     given.reads = default_count if given.reads is None else given.reads
@@ -237,7 +246,7 @@ def parse(argv: list[str]) -> Options:
     if not given.writes and given.run_id is None:
         raise UsageError("a read-only run needs --run-id: the run whose checkpoints it reads")
     if not given.paths:
-        raise UsageError("name the directory to measure: mlstor checkpoint --model MODEL PATH")
+        raise UsageError("name the directory to measure, or a URL: mlstor checkpoint --model MODEL PATH")
     if given.run_id is not None and (not given.run_id or given.run_id in (".", "..") or "/" in given.run_id):
         raise UsageError(f"--run-id {given.run_id!r} is used as a directory's name: letters, digits, - and _")
     return given

@@ -2,42 +2,89 @@
 
 from __future__ import annotations
 
-import os
-import resource
 import time
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
-from mlstor import traffic
-from mlstor.checkpoint.profiles import Stages
-from mlstor.results import phase as report
+from mlstor.meter import INTERVAL_NS, Meter, Series
 from mlstor.results.phase import PhaseReport, RankFigures
 
 if TYPE_CHECKING:
-    from mlstor._io import Engine, Request
-    from mlstor.operations import Result
+    from mlstor.meter import Counted
 
-#: Width of the intervals of the series, ns; also how often progress is looked at.
-INTERVAL_NS = 250_000_000
+
+class Outcome(Protocol):
+    """What became of an operation. Times in ns on CLOCK_MONOTONIC; `path` is the file's, or the object's URL."""
+
+    @property
+    def path(self) -> str: ...
+    @property
+    def start_ns(self) -> int: ...
+    @property
+    def end_ns(self) -> int: ...
+    @property
+    def nbytes(self) -> int: ...
+    @property
+    def damaged_blocks(self) -> int: ...
+
+
+class Carrier(Protocol):
+    """What carries operations out: the file engine, or a store's transfers."""
+
+    @property
+    def workers(self) -> int:
+        """Threads."""
+
+    @property
+    def outstanding(self) -> int:
+        """Operations that were submitted and not yet reaped."""
+
+    def begin(self) -> None:
+        """A phase begins: figures of earlier ones are none of its."""
+
+    def counters(self) -> Counted: ...
+
+    def moved_nbytes(self) -> int:
+        """Bytes moved since it was made."""
+
+    def submit(self, stage: Sequence[Any], chain: Chain) -> int:
+        """Begin the operations of a stage; how many."""
+
+    def reap(self, timeout_s: float) -> Iterable[tuple[Chain, Outcome]]:
+        """Wait for one or more to end.
+
+        Raises
+        ------
+        OSError
+            The first failure of the storage.
+        """
+
+    def cancel(self) -> None:
+        """Nothing more is begun."""
+
+    def figures(self, into: PhaseReport, outcomes: Sequence[Outcome]) -> None:
+        """Histograms of the phase, and how its files were reached."""
 
 
 class Chain:
-    """The operations of one logical rank, stage after stage."""
+    """The operations of one logical rank, stage after stage: a stage begins when all of the last one are done."""
 
-    def __init__(self, rank: int, nfiles: int, stages: Stages) -> None:
+    def __init__(self, rank: int, nfiles: int, stages: Sequence[Sequence[Any]]) -> None:
         self.rank = rank
         self.nfiles = nfiles
         self.waiting = list(reversed(stages))
         self.pending = 0
-        self.results: list[Result] = []
+        self.results: list[Outcome] = []
 
-    def advance(self, engine: Engine, owner: dict[Request, Chain]) -> None:
+    def advance(self, carrier: Carrier) -> None:
         """Submit the next stage, once nothing of the last one is under way."""
         while not self.pending and self.waiting:
-            stage = self.waiting.pop()
-            requests = engine.submit(stage)
-            self.pending = len(requests)
-            owner.update(dict.fromkeys(requests, self))
+            self.pending = carrier.submit(self.waiting.pop(), self)
+
+    def take(self, outcome: Outcome) -> None:
+        """One operation has ended."""
+        self.results.append(outcome)
+        self.pending -= 1
 
     def figures(self, start_ns: int) -> RankFigures:
         """What the rank did, relative to `start_ns`."""
@@ -56,62 +103,8 @@ class Chain:
         )
 
 
-class Series:
-    """Bytes per interval, sampled from the engine's counters."""
-
-    def __init__(self, engine: Engine, start_ns: int) -> None:
-        self._engine = engine
-        self._start_ns = start_ns
-        self._first = self._last = self._done(engine)
-        self.nbytes: list[int] = []
-
-    @staticmethod
-    def _done(engine: Engine) -> int:
-        counters = engine.counters()
-        return counters.read_bytes + counters.written_bytes
-
-    def sample(self) -> int:
-        """Add what was done since the last sample to the present interval; bytes since the start."""
-        done = self._done(self._engine)
-        interval = (time.monotonic_ns() - self._start_ns) // INTERVAL_NS
-        self.nbytes += [0] * (interval + 1 - len(self.nbytes))
-        self.nbytes[interval] += done - self._last
-        self._last = done
-        return done - self._first
-
-
-class Meter:
-    """CPU time and worker time of this process between two moments, and with `of_host` the host's traffic."""
-
-    def __init__(self, engine: Engine, of_host: bool) -> None:
-        self._engine = engine
-        self._memory = traffic.memory_bytes() if of_host else None
-        self._nic = traffic.nic_bytes() if of_host else None
-        self._before = resource.getrusage(resource.RUSAGE_SELF)
-        self._counters = engine.counters()
-
-    def read(self, into: PhaseReport) -> None:
-        """Write the differences since the start into a report."""
-        usage, counters = resource.getrusage(resource.RUSAGE_SELF), self._engine.counters()
-        into.cpu_user_ns = int((usage.ru_utime - self._before.ru_utime) * 1e9)
-        into.cpu_system_ns = int((usage.ru_stime - self._before.ru_stime) * 1e9)
-        into.peak_rss_bytes = usage.ru_maxrss * 1024
-        into.worker_busy_ns = counters.busy_ns - self._counters.busy_ns
-        into.worker_wait_ns = counters.wait_ns - self._counters.wait_ns
-        into.memory_traffic_bytes = _since(self._memory, traffic.memory_bytes)
-        into.nic_bytes = _since(self._nic, traffic.nic_bytes)
-        into.workers = self._engine.workers
-        into.cores_allowed = len(os.sched_getaffinity(0))
-
-
-def _since(before: int | None, counter: Callable[[], int | None]) -> int | None:
-    """What a counter has grown by; None where there is none, or where it has wrapped."""
-    after = None if before is None else counter()
-    return None if before is None or after is None or after < before else after - before
-
-
 def run_phase(
-    engine: Engine,
+    carrier: Carrier,
     chains: Sequence[Chain],
     report_to: PhaseReport,
     of_host: bool,
@@ -134,57 +127,26 @@ def run_phase(
     OSError
         The first failure of the storage; nothing more is submitted then.
     """
-    engine.reset_histograms()
-    meter = Meter(engine, of_host)
+    carrier.begin()
+    meter = Meter(carrier.counters, carrier.workers, of_host)
     start_ns = time.monotonic_ns()
     report_to.barrier_unix_ns = time.time_ns()
-    series = Series(engine, start_ns)
-    owner: dict[Request, Chain] = {}
+    series = Series(carrier.moved_nbytes, start_ns)
     begin()
     for chain in chains:
-        chain.advance(engine, owner)
-    while owner:
-        for request in engine.reap(1, INTERVAL_NS / 1e9):
-            chain = owner.pop(request)
-            try:
-                chain.results.append(request.result())
-            except OSError:
-                engine.cancel()
-                raise
-            chain.pending -= 1
-            chain.advance(engine, owner)
+        chain.advance(carrier)
+    while carrier.outstanding:
+        try:
+            for chain, outcome in carrier.reap(INTERVAL_NS / 1e9):
+                chain.take(outcome)
+                chain.advance(carrier)
+        except OSError:
+            carrier.cancel()
+            raise
         tick(time.monotonic_ns() - start_ns, series.sample())
     meter.read(report_to)
     report_to.interval_ns = INTERVAL_NS
     report_to.series = series.nbytes
     report_to.ranks = [chain.figures(start_ns) for chain in chains]
-    report_to.paths = paths_taken([result for chain in chains for result in chain.results])
-    report_to.histograms = {
-        name: report.Histogram(
-            count=one.count,
-            sum_ns=one.sum_ns,
-            min_ns=one.min_ns,
-            max_ns=one.max_ns,
-            buckets=sorted(one.buckets.items()),
-        )
-        for name, one in engine.histograms().items()
-        if one.count
-    }
+    carrier.figures(report_to, [outcome for chain in chains for outcome in chain.results])
     return report_to
-
-
-def paths_taken(results: Sequence[Result]) -> list[report.PathTaken]:
-    """How the files were reached, added up by way."""
-    ways: dict[tuple[str, str, str, str], report.PathTaken] = {}
-    files: dict[tuple[str, str, str, str], set[str]] = {}
-    for result in results:
-        reason = "" if result.direct == "yes" else result.reason
-        key = (result.backend, result.direct, reason, result.fs_type)
-        way = ways.setdefault(
-            key, report.PathTaken(backend=key[0], direct=result.direct, reason=reason, fs_type=key[3])
-        )
-        way.nbytes += result.nbytes
-        files.setdefault(key, set()).add(result.path)
-    for taken, way in ways.items():
-        way.nfiles = len(files[taken])
-    return list(ways.values())

@@ -88,11 +88,14 @@ class Preflight:
         What the processes of this host need for themselves.
     memory_left_bytes : int or None
         The least of what the memory cgroup and the host have left.
+    untold : tuple of Need
+        Targets that don't tell what they have room for: object stores.
     """
 
     rooms: tuple[Room, ...]
     memory_need_bytes: int
     memory_left_bytes: int | None
+    untold: tuple[Need, ...] = ()
 
 
 def check(

@@ -30,6 +30,28 @@ class Job(NamedTuple):
     pattern: Any
 
 
+class ObjectHow(NamedTuple):
+    """How the objects of a process go to a store and come from it.
+
+    Attributes
+    ----------
+    workers, in_flight : int
+        Threads, and requests that each has under way.
+    part_nbytes : int or None
+        Every object in parts of so many bytes; None: by the store's own rule.
+    serial : bool
+        A rank's objects one after the other, not all at once.
+    checksum : bool
+        One is sent with what is written, where the store takes it.
+    """
+
+    workers: int
+    in_flight: int
+    part_nbytes: int | None
+    serial: bool
+    checksum: bool
+
+
 #: Operations of one rank: those of a stage run together, and the next stage begins when all are done.
 Stages = list[list[WriteFile | ReadFile]]
 
@@ -64,6 +86,10 @@ class Profile(ABC):
     def reads(self, jobs: Sequence[Job], settings: Settings) -> Stages:
         """Operations that read one rank's files; `settings` are those of its target."""
 
+    @abstractmethod
+    def objects(self, settings: Settings, op: str, nranks: int, run_nranks: int) -> ObjectHow:
+        """The same for object stores: of a phase by `nranks` logical ranks of this process, out of `run_nranks`."""
+
     def process_nbytes(self, settings: Settings, nranks: int, largest_nbytes: int) -> int:
         """Memory of one process of `nranks` logical ranks, bytes: itself, and its engine's staging memory, the larger
         of writing and reading files of up to `largest_nbytes`.
@@ -87,6 +113,9 @@ class Native(Profile):
 
     def engine_settings(self, settings: Settings, op: str, nranks: int, largest_nbytes: int) -> Settings:
         return settings
+
+    def objects(self, settings: Settings, op: str, nranks: int, run_nranks: int) -> ObjectHow:
+        return ObjectHow(settings.worker_count(), settings.depth_count(), None, serial=False, checksum=True)
 
     def block_nbytes(self, settings: Settings, preferred_nbytes: int) -> int:
         # the engine's own rule for an automatic block (csrc/steps.c, automatic_block)
@@ -119,7 +148,11 @@ class Mlperf(Profile):
     """One file at a time per rank: 32 MiB writes in sequence, each followed by fadvise(DONTNEED), one fsync; reads by
     four readers of contiguous quarters in preads of up to 128 MiB. No preallocation, no rename.
 
-    Source: mlcommons/storage 3.0.26, ``storage_writers/file_writer.py`` and ``storage_readers/file_reader.py``.
+    On object stores one object at a time per rank: multipart uploads of 32 MiB parts, of which as many are under way as
+    make 16 of all ranks, at least 2; reads in ranges of 128 MiB, 4 at once.
+
+    Source: mlcommons/storage 3.0.26, ``storage_writers/file_writer.py`` and ``storage_readers/file_reader.py``; for
+    objects DLIO's ``checkpointing/pytorch_obj_store_checkpointing.py`` and its ``storage_writers``.
     """
 
     name: str = "mlperf"
@@ -131,6 +164,8 @@ class Mlperf(Profile):
     write_nbytes: int = 32 << 20
     read_nbytes: int = 128 << 20
     readers: int = 4
+    parts_of_all: int = 16
+    least_parts: int = 2
 
     def engine_settings(self, settings: Settings, op: str, nranks: int, largest_nbytes: int) -> Settings:
         block = self.write_nbytes if op == "write" else min(self.read_nbytes, self._quarter(largest_nbytes))
@@ -141,6 +176,12 @@ class Mlperf(Profile):
 
     def block_nbytes(self, settings: Settings, preferred_nbytes: int) -> int:
         return self.write_nbytes
+
+    def objects(self, settings: Settings, op: str, nranks: int, run_nranks: int) -> ObjectHow:
+        in_flight = max(self.least_parts, -(-self.parts_of_all // run_nranks)) if op == "write" else self.readers
+        part = self.write_nbytes if op == "write" else self.read_nbytes
+        # a worker for each rank, so that this many requests of each are under way
+        return ObjectHow(max(1, nranks), in_flight, part, serial=True, checksum=False)
 
     def _quarter(self, nbytes: int) -> int:
         return -(-nbytes // self.readers)

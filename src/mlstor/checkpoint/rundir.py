@@ -89,21 +89,47 @@ def load(target: str, run_id: str) -> Manifest | None:
     UsageError
         If there is something else under that name, or a manifest that this version does not read.
     """
-    import msgspec
-
     directory = os.path.join(target, run_id)
     path = os.path.join(directory, MANIFEST)
     try:
         with open(path, "rb") as file:
-            manifest = msgspec.json.decode(file.read(), type=Manifest)
+            data = file.read()
     except FileNotFoundError:
         if any(not _is_partial(name) for name in _names(directory)):
-            raise UsageError(
-                f"{directory} exists and holds no {MANIFEST} of mlstor: nothing in it is touched; "
-                "choose another --run-id"
-            ) from None
+            raise taken(directory) from None
         return None
-    except (msgspec.DecodeError, OSError) as error:
+    except OSError as error:
+        raise UsageError(f"{path} can't be read as a manifest of mlstor: {error}") from None
+    return decoded(data, path, run_id)
+
+
+def taken(directory: str) -> UsageError:
+    """The refusal of a run id under which lies something that is not mlstor's."""
+    return UsageError(
+        f"{directory} exists and holds no {MANIFEST} of mlstor: nothing in it is touched; choose another --run-id"
+    )
+
+
+def encoded(manifest: Manifest) -> bytes:
+    """A manifest as it is stored."""
+    import msgspec
+
+    return msgspec.json.format(msgspec.json.encode(manifest), indent=1) + b"\n"
+
+
+def decoded(data: bytes, path: str, run_id: str) -> Manifest:
+    """The manifest of `run_id` that is stored at `path`.
+
+    Raises
+    ------
+    UsageError
+        If it is none, or of another run or a format that this version does not read.
+    """
+    import msgspec
+
+    try:
+        manifest = msgspec.json.decode(data, type=Manifest)
+    except msgspec.DecodeError as error:
         raise UsageError(f"{path} can't be read as a manifest of mlstor: {error}") from None
     if manifest.format != FORMAT or manifest.run_id != run_id:
         raise UsageError(f"{path} is not a manifest of run {run_id} in a format that this version reads ({FORMAT})")
@@ -112,8 +138,6 @@ def load(target: str, run_id: str) -> Manifest | None:
 
 def save(target: str, manifest: Manifest) -> None:
     """Put the manifest under `target`, durably and whole."""
-    import msgspec
-
     directory = os.path.join(target, manifest.run_id)
     new = not os.path.isdir(directory)
     with suppress(FileExistsError):
@@ -121,7 +145,7 @@ def save(target: str, manifest: Manifest) -> None:
     path = os.path.join(directory, MANIFEST)
     partial = f"{path}.{os.getpid()}{_PARTIAL}"
     with open(partial, "wb") as file:
-        file.write(msgspec.json.format(msgspec.json.encode(manifest), indent=1) + b"\n")
+        file.write(encoded(manifest))
         file.flush()
         os.fsync(file.fileno())
     os.rename(partial, path)
@@ -181,15 +205,19 @@ def claim(target: str, manifest: Manifest) -> Manifest:
     UsageError
         If the name is taken by something else, or by a run of other files.
     """
-    before = load(target, manifest.run_id)
+    claimed = succeeding(manifest, load(target, manifest.run_id), target)
+    save(target, claimed)
+    return claimed
+
+
+def succeeding(manifest: Manifest, before: Manifest | None, target: str) -> Manifest:
+    """`manifest`, where `before` lies under `target` already; see `claim`."""
     if before is not None and not before.same_files(manifest):
         raise UsageError(
             f"run {manifest.run_id} in {target} is of {before.model}, {before.ranks} ranks, scale {before.scale}: "
             "its files are not written over; choose another --run-id, or `mlstor clean` it first"
         )
-    claimed = replace(manifest, written=max(manifest.written, before.written if before else 0))
-    save(target, claimed)
-    return claimed
+    return replace(manifest, written=max(manifest.written, before.written if before else 0))
 
 
 def remove_checkpoint(manifest: Manifest, target: str, checkpoint: int) -> tuple[int, list[str]]:

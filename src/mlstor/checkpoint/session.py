@@ -14,16 +14,18 @@ from dataclasses import replace
 from functools import cached_property
 from typing import TypeVar
 
-from mlstor.checkpoint import preflight, rundir, targets
+from mlstor.agreement import agreed, together
+from mlstor.checkpoint import preflight, rundir, site, targets
 from mlstor.checkpoint.deal import deal, parse_ranks
-from mlstor.checkpoint.layout import ShardFile
 from mlstor.checkpoint.models import Transformer
 from mlstor.checkpoint.options import Options
 from mlstor.checkpoint.plan import span
 from mlstor.checkpoint.profiles import PROFILES
 from mlstor.checkpoint.rundir import Manifest
+from mlstor.checkpoint.site import Placed, Site
 from mlstor.errors import MlstorError, UsageError
 from mlstor.host import Host, describe
+from mlstor.runlog import check_results_dir
 from mlstor.settings import Settings
 from mlstor.world import World
 
@@ -45,6 +47,10 @@ class Session:
         Whether targets may hold a manifest of this run.
     claims : list of str
         Targets whose manifest this process keeps.
+    site : Site
+        Where the files lie, and what carries them there.
+    notes : list of str
+        What is still to be said of a phase.
     """
 
     def __init__(self, world: World, options: Options, command: list[str]) -> None:
@@ -69,22 +75,28 @@ class Session:
         self.ranks = sorted(rank for ranks in self.dealt for rank in ranks)
         self.verify = self.profile.verify if options.verify is None else options.verify
         self.pause_s = self.profile.pause_s if options.pause_s is None else options.pause_s
-        self.run_id = options.run_id or self._together(_new_run_id)
+        self.run_id = options.run_id or together(world, _new_run_id)
         self.host: Host = describe()
-        self.agreed(self._check_results_dir, world.local_rank == 0)
-        self.sharing = targets.discover(
-            world,
-            self.agreed(lambda: sorted({self.target_of(rank) for rank in self.my_ranks}) or self._idle_target()),
-            self.run_id,
-            asserted=options.sharing,
-            read_only=not options.writes,
-        )
+        check_results_dir(world, self.settings.results_dir)
+        self.notes: list[str] = []
+        self.claimed = False
+        self.manifest: Manifest
+        self.site: Site = self.agreed(lambda: site.of(options, self.settings, self.profile))
+        try:
+            self._prepare()
+        except BaseException:
+            self.site.close()
+            raise
+
+    def _prepare(self) -> None:
+        """Find out whether it can be done, and who does what."""
+        world, options = self.world, self.options
+        mine = self.agreed(lambda: sorted({self.target_of(rank) for rank in self.my_ranks}) or self._idle_target())
+        self.sharing = self.site.sharing(world, mine, self.run_id)
         targets.check_rank_shift(world, self.sharing, options.rank_shift)
         self.preflight = self._preflight()
         self.claims = self._claims()
-        self.claimed = False
-        self.manifest: Manifest
-        self.results_id = self._together(self._free_results_id)
+        self.results_id = together(world, self._free_results_id)
 
     def begin(self) -> None:
         """Claim the run's directories, or find the run that is to be read; from here on an interrupted run leaves
@@ -93,34 +105,8 @@ class Session:
         self.manifest = self._claim() if self.options.writes else self._find()
 
     def agreed(self, step: Callable[[], T], took_part: bool = True) -> T:
-        """The result of a step that every process takes; its `MlstorError` is raised on all.
-
-        `took_part`: whether this process had a share in it, see `World.agree`.
-        """
-        error: MlstorError | None = None
-        result: T | None = None
-        try:
-            result = step()
-        except MlstorError as raised:
-            error = raised
-        self.world.agree(error, took_part=took_part)
-        return result  # type: ignore[return-value]  # agree raises where there is none
-
-    def _together(self, make: Callable[[], str]) -> str:
-        """What process 0 makes, on every process."""
-        return self.world.bcast(make().encode() if self.world.rank == 0 else b"").decode()
-
-    def _check_results_dir(self) -> None:
-        if self.world.local_rank != 0:
-            return
-        directory = self.settings.results_dir
-        try:
-            os.makedirs(directory, exist_ok=True)
-        except OSError as error:
-            raise UsageError(
-                f"the results directory {directory} can't be made: {error.strerror}; name another with --results"
-            ) from None
-        targets.check_directory(directory)
+        """The result of a step that every process takes, see `agreement.agreed`."""
+        return agreed(self.world, step, took_part)
 
     # -- where files lie --
 
@@ -137,28 +123,10 @@ class Session:
         return place
 
     def target_of(self, rank: int) -> str:
-        """The target directory of a logical rank."""
+        """The target of a logical rank: a directory, or an object store's URL."""
         process, local_rank = self._place[rank]
         hostname = self.world.hosts[self.world.host_of_rank[process]]
-        return targets.resolve(self.options.paths, rank=rank, local_rank=local_rank, hostname=hostname)
-
-    def how(self, rank: int) -> Settings:
-        """The settings that hold for the files which a logical rank writes: those of its target, and the profile's."""
-        return self.how_of(self.target_of(rank))
-
-    def how_of(self, target: str) -> Settings:
-        """The settings that hold for the files of a target directory."""
-        found = self.settings.for_target(target)
-        return replace(found, direct=self.options.direct or self.profile.direct or found.direct)
-
-    def block_nbytes(self, target: str, preferred_nbytes: int) -> int:
-        """Bytes of one write to a target whose file system prefers so many."""
-        return self.profile.block_nbytes(self.how_of(target), preferred_nbytes)
-
-    @cached_property
-    def reads_memory(self) -> bool:
-        """Whether anything that this process reads lies in memory and not on storage."""
-        return any(map(preflight.is_memory, {self.target_of(self.source_rank(rank)) for rank in self.my_ranks}))
+        return self.site.target(rank=rank, local_rank=local_rank, hostname=hostname)
 
     @property
     def meaning(self) -> str:
@@ -170,23 +138,18 @@ class Session:
     def _idle_target(self) -> list[str]:
         """The target of a process without ranks: that of its place, so that its host looks for tokens too."""
         world = self.world
-        return [
-            targets.resolve(self.options.paths, rank=world.rank, local_rank=world.local_rank, hostname=world.hostname)
-        ]
+        return [self.site.target(rank=world.rank, local_rank=world.local_rank, hostname=world.hostname)]
 
     def source_rank(self, rank: int) -> int:
         """The logical rank whose files `rank` reads."""
         index = (self.ranks.index(rank) + self.options.rank_shift) % len(self.ranks)
         return self.ranks[index]
 
-    def checkpoint_dir(self, rank: int, checkpoint: int) -> str:
-        """Directory of a logical rank's files of one checkpoint."""
-        return rundir.checkpoint_dir(self.target_of(rank), self.run_id, self.layout.shape.name, checkpoint)
-
-    def files(self, rank: int, checkpoint: int) -> list[tuple[ShardFile, str]]:
-        """A logical rank's files of one checkpoint, in write order, with their paths."""
-        directory = self.checkpoint_dir(rank, checkpoint)
-        return [(file, os.path.join(directory, file.name)) for file in self.layout.files(rank)]
+    def files(self, rank: int, checkpoint: int) -> list[Placed]:
+        """A logical rank's files of one checkpoint, in write order, and where they are."""
+        target, model = self.target_of(rank), self.layout.shape.name
+        names = [(file, site.name_of(self.run_id, model, checkpoint, file.name)) for file in self.layout.files(rank)]
+        return [Placed(file, target, name, self.site.path(target, name)) for file, name in names]
 
     @cached_property
     def largest_nbytes(self) -> int:
@@ -207,18 +170,12 @@ class Session:
     def _preflight(self) -> preflight.Preflight | None:
         """The first process of each host looks; None for the others."""
         world = self.world
-        process = self.profile.process_nbytes(self.settings, len(self.my_ranks), self.largest_nbytes)
+        process = self.site.process_nbytes(len(self.my_ranks), self.largest_nbytes, len(self.ranks))
 
         def look() -> preflight.Preflight | None:
             if world.local_rank != 0:
                 return None
-            return preflight.check(
-                self._needs(),
-                self.host,
-                memory_need_bytes=world.local_size * process,
-                ephemeral_limit_bytes=self.settings.ephemeral_storage_limit_bytes,
-                write=bool(self.options.writes),
-            )
+            return self.site.check(self._needs(), self.host, world.local_size * process)
 
         return self.agreed(look, world.local_rank == 0)
 
@@ -261,7 +218,7 @@ class Session:
         return [path for path in mine if path not in earlier]
 
     def _claim(self) -> rundir.Manifest:
-        key = int(self._together(lambda: str(rundir.new_key())))
+        key = int(together(self.world, lambda: str(rundir.new_key())))
         options, shape = self.options, self.layout.shape
         wanted = rundir.Manifest(
             format=rundir.FORMAT,
@@ -278,7 +235,7 @@ class Session:
         )
 
         def claim() -> rundir.Manifest:
-            claimed = [rundir.claim(target, wanted) for target in self.claims]
+            claimed = [self.site.claim(target, wanted) for target in self.claims]
             return max(claimed, key=lambda manifest: manifest.written, default=wanted)
 
         self.claimed = True
@@ -315,7 +272,7 @@ class Session:
         return self.agreed(find)
 
     def _load(self, path: str) -> rundir.Manifest:
-        manifest = rundir.load(path, self.run_id)
+        manifest = self.site.load(path, self.run_id)
         if manifest is None:
             raise UsageError(
                 f"{self.world.hostname} has no run {self.run_id} in {path}: name the --run-id and PATH of a "
@@ -340,21 +297,23 @@ class Session:
         return manifest
 
     def _find_files(self, manifest: rundir.Manifest) -> None:
-        for rank in self.my_ranks:
-            for checkpoint in manifest.complete:
-                for file, path in self.files(self.source_rank(rank), checkpoint):
-                    try:
-                        nbytes = os.stat(path).st_size
-                    except FileNotFoundError:
-                        raise UsageError(
-                            f"{self.world.hostname} lacks {path} of run {self.run_id}: was it written by another host, "
-                            "per node? Start the ranks on the hosts that wrote, or use a shared PATH"
-                        ) from None
-                    if nbytes != file.nbytes:
-                        raise UsageError(
-                            f"{path} has {nbytes} bytes on {self.world.hostname}, but {file.nbytes} were written: "
-                            "it is damaged or was written over"
-                        )
+        files = [
+            placed
+            for rank in self.my_ranks
+            for checkpoint in manifest.complete
+            for placed in self.files(self.source_rank(rank), checkpoint)
+        ]
+        for placed, nbytes in zip(files, self.site.sizes(files), strict=True):
+            if nbytes is None:
+                raise UsageError(
+                    f"{self.world.hostname} lacks {placed.path} of run {self.run_id}: was it removed, or written by "
+                    "another host, per node? Start the ranks on the hosts that wrote, or use a shared PATH"
+                )
+            if nbytes != placed.file.nbytes:
+                raise UsageError(
+                    f"{placed.path} has {nbytes} bytes on {self.world.hostname}, but {placed.file.nbytes} were "
+                    "written: it is damaged or was written over"
+                )
 
     def _free_results_id(self) -> str:
         """The run id, or with the time where a record or journal of it exists, or where another run is read."""

@@ -53,7 +53,13 @@ class Sharing:
 
 
 def resolve(paths: Sequence[str], *, rank: int, local_rank: int, hostname: str) -> str:
-    """The target of one rank.
+    """The target directory of one rank: what `chosen` gives, as an absolute path."""
+    found = chosen(paths, rank=rank, local_rank=local_rank, hostname=hostname)
+    return os.path.abspath(found.removeprefix("file://"))
+
+
+def chosen(paths: Sequence[str], *, rank: int, local_rank: int, hostname: str) -> str:
+    """The path or URL of one rank.
 
     Parameters
     ----------
@@ -78,7 +84,16 @@ def resolve(paths: Sequence[str], *, rank: int, local_rank: int, hostname: str) 
         return fields[match[1]]
 
     path = paths[local_rank % len(paths)]
-    return os.path.abspath(_FIELD.sub(substitute, path))
+    return _FIELD.sub(substitute, path)
+
+
+def by_host(world: World, targets: Iterable[str]) -> tuple[tuple[str, ...], ...]:
+    """For each host index the targets that its ranks use; every rank calls this with its own."""
+    said = [json.loads(text) for text in world.allgather(json.dumps(sorted(set(targets))).encode())]
+    found: list[dict[str, None]] = [{} for _ in world.hosts]
+    for rank, paths in enumerate(said):
+        found[world.host_of_rank[rank]].update(dict.fromkeys(paths))
+    return tuple(tuple(paths) for paths in found)
 
 
 def discover(
@@ -112,11 +127,7 @@ def discover(
         On every rank: if a token can't be written, if some hosts see a token and others don't, if some
         targets are shared and some per node, or if the finding contradicts `asserted`.
     """
-    said = [json.loads(text) for text in world.allgather(json.dumps(sorted(set(targets))).encode())]
-    by_host: list[dict[str, None]] = [{} for _ in world.hosts]
-    for rank, paths in enumerate(said):
-        by_host[world.host_of_rank[rank]].update(dict.fromkeys(paths))
-    targets_by_host = tuple(tuple(paths) for paths in by_host)
+    targets_by_host = by_host(world, targets)
     if world.nhosts == 1:
         return Sharing("one-host", asserted is not None, targets_by_host)
 
