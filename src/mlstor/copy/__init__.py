@@ -1,0 +1,1 @@
+"""``mlstor copy``: moves objects between directories, S3 and AIStore, verified, resumable, and measured."""
