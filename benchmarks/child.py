@@ -121,9 +121,11 @@ def touch_only(job: Job) -> Sample:
 
 def main() -> None:
     """Run one function and print its sample as the last line of standard output."""
-    module, name = sys.argv[1].split(":")
-    sample = getattr(importlib.import_module(f"benchmarks.{module}"), name)(Job(**json.loads(sys.argv[2])))
-    print(json.dumps(dataclasses.asdict(sample)))
+    name, function = sys.argv[1].split(":")
+    module = importlib.import_module(f"benchmarks.{name}")
+    sample = getattr(module, function)(getattr(module, "JOB", Job)(**json.loads(sys.argv[2])))
+    print(json.dumps(dataclasses.asdict(sample)), flush=True)
+    os._exit(0)  # a client's threads may abort in an interpreter that ends around them (obstore 0.12 with asyncio)
 
 
 if __name__ == "__main__":

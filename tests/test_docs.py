@@ -11,8 +11,11 @@ from pathlib import Path
 import pytest
 
 from mlstor import cli, doctor
+from mlstor.aisloader import flags
 from mlstor.checkpoint import clean, mlpstorage, options
+from mlstor.copy import options as copy_options
 from mlstor.results import table
+from mlstor.stream import options as stream_options
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
@@ -40,8 +43,9 @@ def command_lines() -> list[tuple[str, list[str]]]:
         for block in blocks(document, "console"):
             for line in block.replace("\\\n", " ").splitlines():
                 words = shlex.split(line, comments=True)
-                if "mlstor.checkpoint" in words:
-                    found.append((document.name, ["checkpoint", *words[words.index("mlstor.checkpoint") + 1 :]]))
+                module = next((word for word in words if re.fullmatch(r"mlstor\.(checkpoint|stream|copy)", word)), None)
+                if module:
+                    found.append((document.name, [module.partition(".")[2], *words[words.index(module) + 1 :]]))
                 elif words[:1] == ["mlstor"]:
                     found.append((document.name, words[1:]))
     return found
@@ -55,6 +59,10 @@ def test_command_lines_are_accepted(document, words):
         options.parse(arguments)
     elif verb == "mlpstorage":
         mlpstorage.translate(arguments, {})
+    elif verb in ("stream", "copy"):
+        {"stream": stream_options, "copy": copy_options}[verb].parse(arguments)
+    elif verb == "aisloader":
+        flags.parse(arguments)
     else:
         assert arguments, "a verb with nothing to do"
         assert {"doctor": doctor, "show": table, "clean": clean}[verb].main
@@ -99,7 +107,7 @@ def test_the_architecture_names_every_module_and_none_that_is_gone():
     package = ROOT / "src" / "mlstor"
     files = {
         path.name
-        for pattern in ("*.py", "*.p*", "checkpoint/*.py", "results/*.py", "csrc/*.c")
+        for pattern in ("*.py", "*.p*", "*/*.py", "csrc/*.c", "csrc/http/*.c")
         for path in package.glob(pattern)
         if path.name not in ("__init__.py", "__main__.py", "py.typed") and not path.name.startswith("__")
     }
@@ -109,11 +117,11 @@ def test_the_architecture_names_every_module_and_none_that_is_gone():
 
 
 def test_the_makefile_has_the_targets_that_are_documented():
-    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     for document in DOCUMENTS:
         quoted = "\n".join(re.findall(r"`([^`\n]+)`", document.read_text()))
-        used = set(re.findall(r"\bmake ([a-z]+)", quoted))
-        used |= {word for block in blocks(document, "console") for word in re.findall(r"^make ([a-z]+)$", block, re.M)}
+        used = set(re.findall(r"\bmake ([a-z-]+)", quoted))
+        used |= {word for block in blocks(document, "console") for word in re.findall(r"^make ([a-z-]+)$", block, re.M)}
         assert used <= targets, document
 
 

@@ -111,7 +111,7 @@ def test_the_checkpoint_module_runs_by_name():
     [
         ((), "say what to do"),
         (("chekpoint",), "did you mean `mlstor checkpoint`?"),
-        (("xyzzy",), "it takes checkpoint, clean"),
+        (("xyzzy",), "it takes checkpoint, stream"),
     ],
 )
 def test_a_wrong_verb_is_one_line_and_exit_2(arguments, said):
