@@ -222,14 +222,14 @@ def test_digests_of_what_was_read(engine: Engine, tmp_path: Path, digest: Digest
     expected = []
     for key, content in zip(keys, contents, strict=True):
         extent = Extent(0, len(content), bytearray(len(content)), name)
-        expected.append(engine.read_file(tmp_path / key, [extent]).digests[0] if content else None)
+        empty = 0xEF46DB3751D8E999 if digest is Digest.XXH64 else 0  # of no bytes, by the algorithms' definition
+        expected.append(engine.read_file(tmp_path / key, [extent]).digests[0] if content else empty)
     for _ in range(2):
         done = run(files, keys, digest=digest)
-        for value, wanted in zip(done["digest_value"].tolist(), expected, strict=True):
-            assert wanted is None or value == wanted
-    right = run(files, keys[1:], digest=digest, flags=1, digest_value=expected[1:])
+        assert done["digest_value"].tolist() == expected
+    right = run(files, keys, digest=digest, flags=1, digest_value=expected)
     assert (right["kind"] == Kind.OK).all()
-    wrong = run(files, keys[1:], digest=digest, flags=1, digest_value=[value ^ 1 for value in expected[1:]])
+    wrong = run(files, keys, digest=digest, flags=1, digest_value=[value ^ 1 for value in expected])
     assert (wrong["kind"] == Kind.CHECKSUM).all()
     assert (wrong["result"] == -errno.EIO).all()
     assert "checksum" in files.failures()[0].message

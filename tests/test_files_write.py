@@ -45,6 +45,14 @@ def test_files_are_written_whole_with_the_directories_that_they_need(
         assert leftovers(directory) == []
 
 
+@pytest.mark.parametrize(("digest", "value"), [(Digest.CRC32C, 0), (Digest.XXH64, 0xEF46DB3751D8E999)])
+def test_an_empty_file_has_the_digest_of_no_bytes(engine: Engine, tmp_path: Path, digest: Digest, value: int) -> None:
+    files = ObjectFiles(engine, tmp_path)
+    written = run(files, ["empty"], Op.WRITE, pattern=Pattern(1), memory=Memory.PATTERN, nbytes=0, digest=digest)
+    assert (written["kind"].tolist(), written["digest_value"].tolist()) == ([Kind.OK], [value])
+    assert (tmp_path / "empty").read_bytes() == b""
+
+
 def test_a_pattern_is_written_and_found_again(engine: Engine, tmp_path: Path) -> None:
     pattern = Pattern(run_id=3, checkpoint=2, compressibility=30)
     files = ObjectFiles(engine, tmp_path)

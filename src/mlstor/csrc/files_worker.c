@@ -255,6 +255,16 @@ static bool set_direct(struct mls_job *job)
 }
 
 /* The file is open and known: how much of it is read, and how. */
+static uint64_t digest_of(int digest, const unsigned char *bytes, size_t nbytes)
+{
+    mls_xxh64 xxh64;
+    if (digest == MLS_TRANSFER_CRC32C)
+        return mls_crc32c(0, bytes, nbytes);
+    mls_xxh64_reset(&xxh64, 0);
+    mls_xxh64_update(&xxh64, bytes, nbytes);
+    return mls_xxh64_digest(&xxh64);
+}
+
 static void looked_at(mls_worker *worker, mls_io *io, uint64_t now)
 {
     struct mls_job *job = io->job;
@@ -266,6 +276,10 @@ static void looked_at(mls_worker *worker, mls_io *io, uint64_t now)
     job->done.object_nbytes = job->statx.stx_size;
     int error = mls_files_range(transfer_of(io), job->statx.stx_size, &job->offset, &job->nbytes);
     if (error || !job->nbytes) {
+        if (!error && transfer_of(io)->digest) { /* nothing has a digest too */
+            job->done.digest_value = digest_of(transfer_of(io)->digest, (const unsigned char *)"", 0);
+            job->done.kind = (uint8_t)mls_files_compare(transfer_of(io), &job->done);
+        }
         end(worker, io, error, MLS_STAGE_OPEN, now);
         return;
     }
@@ -310,16 +324,6 @@ static void opened(mls_worker *worker, mls_io *io, uint64_t now)
     job->statx.stx_dev_major = major(st.st_dev);
     job->statx.stx_dev_minor = minor(st.st_dev);
     looked_at(worker, io, now);
-}
-
-static uint64_t digest_of(int digest, const unsigned char *bytes, size_t nbytes)
-{
-    mls_xxh64 xxh64;
-    if (digest == MLS_TRANSFER_CRC32C)
-        return mls_crc32c(0, bytes, nbytes);
-    mls_xxh64_reset(&xxh64, 0);
-    mls_xxh64_update(&xxh64, bytes, nbytes);
-    return mls_xxh64_digest(&xxh64);
 }
 
 /* The bytes are there: digested, compared or copied while they are hot. */
@@ -459,7 +463,8 @@ static void report_own(mls_worker *worker, mls_op *op)
     done.damaged_blocks = (uint32_t)result->damaged_blocks;
     if (!result->error) {
         done.result = (int64_t)result->nbytes;
-        done.digest_value = transfer->digest ? mls_op_digest(op, 0) : 0;
+        if (transfer->digest) /* an operation without bytes has no groups */
+            done.digest_value = result->nbytes ? mls_op_digest(op, 0) : digest_of(transfer->digest, (const unsigned char *)"", 0);
         done.kind = (uint8_t)mls_files_compare(transfer, &done);
     }
     if (!result->error && op->kind == MLS_OP_READ && result->nbytes)
