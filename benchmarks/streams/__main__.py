@@ -16,7 +16,7 @@ from pathlib import Path
 
 from benchmarks.__main__ import file_system, progress
 from benchmarks.child import ROOT
-from benchmarks.harness import Contender, drop_caches, run_rounds
+from benchmarks.harness import Contender, drop_caches, run_rounds, self_checks
 from benchmarks.streams import aisloader, contenders as listing, report
 from mlstor.errors import MlstorError, UsageError
 
@@ -41,20 +41,19 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; 0, or the exit code of an error."""
+    """Run the command; 0, 1 if the self-check failed, or the exit code of an error."""
     options = parser().parse_args(arguments)
     try:
-        compare(options)
+        return compare(options)
     except MlstorError as error:
         print(f"benchmarks: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("benchmarks: stopped", file=sys.stderr)
         return 130
-    return 0
 
 
-def compare(options: argparse.Namespace) -> None:
+def compare(options: argparse.Namespace) -> int:
     """Measure what `options` ask for, print and save the report."""
     if options.rounds < 1 or options.seconds <= 0:
         raise UsageError("--rounds and --seconds must be positive")
@@ -81,6 +80,7 @@ def compare(options: argparse.Namespace) -> None:
     progress("saved: " + ", ".join(map(str, report.save(run, options.out))))
     if options.publish:
         report.publish(run, ROOT / "docs")
+    return 0 if all(check.passed for check in self_checks(run.contenders, run.samples)) else 1
 
 
 @contextlib.contextmanager

@@ -97,3 +97,15 @@ def usable_cores(found: Host) -> int:
     if quota:
         known.append(max(1, quota // 1000))
     return min(known, default=0)
+
+
+def world_record(world: World, ranks: int) -> record.World:
+    """Who runs, for a record; `ranks` are the logical ones."""
+    return record.World(
+        ranks=ranks,
+        processes=world.size,
+        hosts=world.nhosts,
+        launcher=world.launcher or "none",
+        mpi_library=world.mpi_library,
+        process_host=list(world.host_of_rank),
+    )

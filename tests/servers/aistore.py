@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import subprocess
 import tempfile
 import time
@@ -21,6 +20,8 @@ from pathlib import Path
 from typing import IO, Any
 
 import pytest
+
+from . import free_ports
 
 VERSION = "v1.5.0"
 MODULE = "github.com/NVIDIA/aistore"
@@ -162,7 +163,7 @@ class Cluster:
         self.program = program()
         self.directory = directory
         self.ntargets = ntargets
-        ports = _free_ports(3 * (ntargets + 1))
+        ports = free_ports(3 * (ntargets + 1))
         self.endpoint = f"http://127.0.0.1:{ports[0]}"
         self.config = directory / "cluster.json"
         self.config.write_text(
@@ -232,17 +233,6 @@ class Cluster:
     def stop(self) -> None:
         for node in reversed(self.nodes):
             node.stop()
-
-
-def _free_ports(count: int) -> list[int]:
-    held = [socket.socket() for _ in range(count)]
-    try:
-        for one in held:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in held]
-    finally:
-        for one in held:
-            one.close()
 
 
 @contextmanager

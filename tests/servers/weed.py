@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -20,6 +19,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+
+from . import free_ports
 
 STARTS_S = 90.0
 _PORTS = ("master.port", "volume.port", "filer.port", "s3.port")
@@ -72,7 +73,7 @@ class Weed:
         self._directory = directory
         self._process: subprocess.Popen[bytes] | None = None
         # Each port has one for gRPC, by itself 10000 above it, where another process may be.
-        ports = _free_ports(2 * len(_PORTS))
+        ports = free_ports(2 * len(_PORTS))
         self._ports = dict(zip(_PORTS, ports[: len(_PORTS)], strict=True))
         self._ports |= {f"{name}.grpc": port for name, port in zip(_PORTS, ports[len(_PORTS) :], strict=True)}
         self.endpoint = f"http://127.0.0.1:{self._ports['s3.port']}"
@@ -148,17 +149,6 @@ class Weed:
             self._process.kill()
             self._process.wait()
             self._process = None
-
-
-def _free_ports(count: int) -> list[int]:
-    held = [socket.socket() for _ in range(count)]
-    try:
-        for one in held:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in held]
-    finally:
-        for one in held:
-            one.close()
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import msgspec
 
 from mlstor import __version__
 from mlstor.checkpoint.preflight import CacheRule, Preflight
-from mlstor.host_report import HostReport, host_record, usable_cores
+from mlstor.host_report import HostReport, host_record, usable_cores, world_record
 from mlstor.results import record
 
 if TYPE_CHECKING:
@@ -146,14 +146,7 @@ def header(session: Session, reports: list[HostReport], start_unix_ns: int) -> r
         version=__version__,
         settings=session.site.settings_record(targets),
         workload=workload(session, targets),
-        world=record.World(
-            ranks=session.layout.nranks,
-            processes=world.size,
-            hosts=world.nhosts,
-            launcher=world.launcher or "none",
-            mpi_library=world.mpi_library,
-            process_host=list(world.host_of_rank),
-        ),
+        world=world_record(world, session.layout.nranks),
         hosts=[report.host for report in reports],
         targets=targets,
         stores=session.site.stores([target.path for target in targets]),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from mlstor import __version__
-from mlstor.host_report import HostReport, host_record, usable_cores
+from mlstor.host_report import HostReport, host_record, usable_cores, world_record
 from mlstor.results import record
 from mlstor.results.stream_workload import CopyWorkload, StoreUsed
 from mlstor.stream.describe import directory_record, facts
@@ -91,14 +91,7 @@ def header(session: CopySession, workers: int, reports: list[HostReport], start_
         },
         workload=workload_record(session, workers),
         stores=stores(session),
-        world=record.World(
-            ranks=world.size,
-            processes=world.size,
-            hosts=world.nhosts,
-            launcher=world.launcher or "none",
-            mpi_library=world.mpi_library,
-            process_host=list(world.host_of_rank),
-        ),
+        world=world_record(world, world.size),
         hosts=[report.host for report in reports],
         targets=[target for report in reports for target in report.targets],
         preflight=record.Preflight(),

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from mlstor import __version__
-from mlstor.host_report import HostReport, host_record, usable_cores
+from mlstor.host_report import HostReport, host_record, usable_cores, world_record
 from mlstor.mounts import device_of, mount_of
 from mlstor.results import record
 from mlstor.results.phase import PathTaken
@@ -206,14 +206,7 @@ def header(session: Session, workload: Workload, reports: list[HostReport], star
         },
         workload=workload_record(session, workload, stores),
         stores=stores,
-        world=record.World(
-            ranks=world.size,
-            processes=world.size,
-            hosts=world.nhosts,
-            launcher=world.launcher or "none",
-            mpi_library=world.mpi_library,
-            process_host=list(world.host_of_rank),
-        ),
+        world=world_record(world, world.size),
         hosts=[report.host for report in reports],
         targets=[target for report in reports for target in report.targets],
         preflight=record.Preflight(),
