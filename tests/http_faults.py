@@ -54,6 +54,7 @@ class FaultServer:
         self.asked: Counter[str] = Counter()
         self.other = ""  # where /redirect sends to, if not here
         self.extra: dict[str, str] = {}  # headers of /object
+        self.raw, self.raw_times = b"", 1 << 30  # what /raw answers, and how often before it is an object of 2 bytes
         self.stopping = threading.Event()
         self.lock = threading.Lock()
         self.connections: list[socket.socket] = []
@@ -104,13 +105,13 @@ class FaultServer:
         with connection, connection.makefile("rb") as stream:
             try:
                 while not self.stopping.is_set():
-                    request = self._read(stream, number)
+                    request = self._read(connection, stream, number)
                     if request is None or not self._answer(connection, request):
                         return
             except OSError:
                 return  # the client went away, or the server ends
 
-    def _read(self, stream: BinaryIO, number: int) -> Request | None:
+    def _read(self, connection: socket.socket, stream: BinaryIO, number: int) -> Request | None:
         first = stream.readline().decode("latin-1").split()
         if len(first) != 3:
             return None
@@ -118,6 +119,10 @@ class FaultServer:
         while line := stream.readline().decode("latin-1").strip():
             name, _, value = line.partition(":")
             headers[name.strip().lower()] = value.strip()
+        if first[1] == "/refuse-body":  # before it is read
+            self.send(connection, 403, SERVER_ERROR % b"TooEarly", Connection="close")
+            time.sleep(0.2)
+            return None
         body = stream.read(int(headers.get("content-length", 0))) or b""
         path, _, query = first[1].partition("?")
         request = Request(first[0], path, query, headers, body, number)
@@ -286,6 +291,14 @@ class FaultServer:
         """To the same path, without these two parts, at `other`; as AIStore's proxy, with marks in the query."""
         place = f"{self.other or self.url}/{'/'.join(rest)}?pid=proxy&utm=mark"
         return self.send(connection, int(status), b"<a href=there>Moved</a>", Location=place)
+
+    def do_raw(self, connection: socket.socket, request: Request, *_: str) -> bool:
+        """These very bytes."""
+        if self.raw_times <= 0:
+            return self.do_object(connection, request, "2")
+        self.raw_times -= 1
+        connection.sendall(self.raw)
+        return True
 
     def do_astray(self, connection: socket.socket, request: Request, *_: str) -> bool:
         return self.send(connection, 307, Location="ftp://127.0.0.1/somewhere")

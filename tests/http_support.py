@@ -13,7 +13,20 @@ from numpy.typing import NDArray
 from mlstor._http import HttpEngine
 from mlstor.storage.transfers import COMPLETION_DTYPE, TRANSFER_DTYPE, WHOLE, Op, zeros
 
-QUICK = {"workers": 2, "in_flight": 4, "backoff_s": 0.01, "backoff_most_s": 0.5, "stall_timeout_s": 0.5}
+#: Who carries transfers over http://: the engine's own connections, or libcurl.
+TRANSPORTS = ("own", "libcurl")
+QUICK: dict[str, Any] = {"workers": 2, "in_flight": 4, "backoff_s": 0.01, "backoff_most_s": 0.5, "stall_timeout_s": 0.5}
+
+
+@contextmanager
+def carried_by(transport: str) -> Iterator[None]:
+    """What `engine_on` makes meanwhile."""
+    before = QUICK.get("libcurl_only", False)
+    QUICK["libcurl_only"] = transport == "libcurl"
+    try:
+        yield
+    finally:
+        QUICK["libcurl_only"] = before
 
 
 @contextmanager

@@ -12,15 +12,15 @@ from collections.abc import Iterator
 
 import pytest
 from http_faults import FaultServer, body_of
-from http_support import Asked, engine_on, run, run_one
+from http_support import TRANSPORTS, Asked, carried_by, engine_on, run, run_one
 
 from mlstor._http import HttpEngine
 from mlstor.storage.transfers import Kind, Memory, Op
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[FaultServer]:
-    with FaultServer() as server:
+@pytest.fixture(scope="module", params=TRANSPORTS)
+def server(request: pytest.FixtureRequest) -> Iterator[FaultServer]:
+    with FaultServer() as server, carried_by(request.param):
         yield server
 
 

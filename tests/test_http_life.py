@@ -16,16 +16,16 @@ from collections.abc import Iterator
 import numpy
 import pytest
 from http_faults import FaultServer, body_of
-from http_support import Asked, engine_on, reap_all, run, run_one
+from http_support import TRANSPORTS, Asked, carried_by, engine_on, reap_all, run, run_one
 
 from mlstor import Pattern
 from mlstor._http import HttpEngine, build_info, place
 from mlstor.storage.transfers import COMPLETION_DTYPE, TRANSFER_DTYPE, WHOLE, Kind, Memory, Op, zeros
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[FaultServer]:
-    with FaultServer() as server:
+@pytest.fixture(scope="module", params=TRANSPORTS)
+def server(request: pytest.FixtureRequest) -> Iterator[FaultServer]:
+    with FaultServer() as server, carried_by(request.param):
         yield server
 
 

@@ -9,7 +9,7 @@ import numpy
 import pytest
 import xxhash
 from http_faults import FaultServer, body_of, s3_crc
-from http_support import Asked, engine_on, reap_all, run, run_one
+from http_support import TRANSPORTS, Asked, carried_by, engine_on, reap_all, run, run_one
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 from mlstor import Pattern
@@ -17,9 +17,9 @@ from mlstor._http import HttpEngine
 from mlstor.storage.transfers import WHOLE, Digest, Kind, Memory, Op
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[FaultServer]:
-    with FaultServer() as server:
+@pytest.fixture(scope="module", params=TRANSPORTS)
+def server(request: pytest.FixtureRequest) -> Iterator[FaultServer]:
+    with FaultServer() as server, carried_by(request.param):
         yield server
 
 

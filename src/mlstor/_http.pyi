@@ -34,6 +34,7 @@ class HttpEngine:
         buffer_bytes: int = 0,
         ca_file: str | None = None,
         insecure: bool = False,
+        libcurl_only: bool = False,
     ) -> Self: ...
     @property
     def workers(self) -> int: ...

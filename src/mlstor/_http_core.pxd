@@ -29,7 +29,7 @@ cdef extern from "http/http.h" nogil:
         uint64_t backoff_ns, backoff_most_ns, connect_timeout_ns, stall_timeout_ns, payload_bytes
         size_t buffer_bytes
         const char *ca_file
-        bint insecure
+        bint insecure, libcurl_only
     ctypedef struct mls_http_engine:
         pass
     ctypedef struct mls_http_batch:

@@ -12,6 +12,7 @@
 #include <unistd.h>
 
 #include "http/http.h"
+#include "http/http_frame.h"
 
 #define CHECK(condition)                                                                  \
     do {                                                                                  \
@@ -189,8 +190,51 @@ static void round_of(unsigned seed, bool cancel)
     free(names);
 }
 
+/* ---- answers at random, in pieces that end where their memory does: nothing is read beyond them ---- */
+
+static void fuzz_frames(void)
+{
+    static const char *const parts[] = {
+        "HTTP/1.1 200 OK\r\n", "HTTP/1.1 100 Continue\r\n\r\n", "HTTP/1.0 404 No\n", "Content-Length: 5\r\n",
+        "Content-Length: 99999999999999999999\r\n", "Transfer-Encoding: chunked\r\n", "Connection: close\r\n", "X: y\r\n",
+        "\r\n", "\n", "\r", "5\r\n", "5;a=b\r\nhello\r\n", "0\r\n\r\n", "hello", "ffffffffffffffff\r\n", ":", "", "HTTP/", "\x80",
+    };
+    mls_http_frame frame = {0};
+    uint64_t random = 88172645463325252u;
+    unsigned done = 0, bad = 0;
+    for (unsigned round = 0; round < 100000; round++) {
+        bool over = false;
+        mls_frame_begin(&frame, round % 16 == 0);
+        for (unsigned i = 0; i < 14 && !over; i++) {
+            random ^= random << 13, random ^= random >> 7, random ^= random << 17;
+            const unsigned pick = i == 0 && random % 8 ? 0 : random / 64 % (sizeof parts / sizeof parts[0]);
+            const size_t whole = strlen(parts[pick]), n = random % 32 ? whole : whole / 2;
+            char *data = malloc(n ? n : 1);
+            size_t used = 0;
+            mls_frame_piece piece = {0};
+            CHECK(data);
+            memcpy(data, parts[pick], n);
+            for (int event = MLS_FRAME_LINE; event == MLS_FRAME_LINE || event == MLS_FRAME_BODY;) {
+                event = mls_frame_next(&frame, data, n, &used, &piece);
+                CHECK(used <= n);
+                if (event == MLS_FRAME_LINE)
+                    CHECK(piece.n && piece.at[piece.n - 1] == '\n');
+                if (event == MLS_FRAME_BODY)
+                    CHECK(piece.at >= data && piece.n && piece.at + piece.n <= data + n);
+                over = event == MLS_FRAME_END || event == MLS_FRAME_ERROR;
+                done += event == MLS_FRAME_END;
+                bad += event == MLS_FRAME_ERROR;
+            }
+            free(data);
+        }
+    }
+    mls_frame_free(&frame);
+    CHECK(done > 1000 && bad > 1000);
+}
+
 int main(void)
 {
+    fuzz_frames();
     unsigned port;
     int listener = listen_anywhere(&port), error;
     pthread_t server, renewer, requester;
@@ -202,21 +246,25 @@ int main(void)
     mls_core_api_init(&core);
     CHECK(pthread_create(&server, NULL, serve, &listener) == 0);
     snprintf(url, sizeof url, "http://127.0.0.1:%u", port);
-    const mls_http_config config = {
+    mls_http_config config = {
         .core = &core, .workers = 3, .in_flight = 5, .tries = 3, .backoff_ns = 100000, .backoff_most_ns = 1000000,
         .connect_timeout_ns = 5000000000, .stall_timeout_ns = 5000000000, .payload_bytes = MOST_BYTES,
     };
-    engine = mls_http_engine_new(&config, &error);
-    CHECK(engine);
-    const mls_http_endpoint_spec spec = {.url = url, .key_prefix = "", .query = "", .dialect = MLS_HTTP_S3};
-    CHECK(mls_http_endpoint_add(engine, &spec, &why) == 0);
-    CHECK(pthread_create(&renewer, NULL, renew, NULL) == 0 && pthread_create(&requester, NULL, request, NULL) == 0);
-    for (unsigned i = 0; i < 6; i++)
-        round_of(i, i % 2);
-    atomic_store(&over, true);
-    pthread_join(renewer, NULL);
-    pthread_join(requester, NULL);
-    mls_http_engine_free(engine);
+    for (unsigned way = 0; way < 2; way++) {
+        config.libcurl_only = way == 1;
+        engine = mls_http_engine_new(&config, &error);
+        CHECK(engine);
+        const mls_http_endpoint_spec spec = {.url = url, .key_prefix = "", .query = "", .dialect = MLS_HTTP_S3};
+        CHECK(mls_http_endpoint_add(engine, &spec, &why) == 0);
+        atomic_store(&over, false);
+        CHECK(pthread_create(&renewer, NULL, renew, NULL) == 0 && pthread_create(&requester, NULL, request, NULL) == 0);
+        for (unsigned i = 0; i < 6; i++)
+            round_of(i, i % 2);
+        atomic_store(&over, true);
+        pthread_join(renewer, NULL);
+        pthread_join(requester, NULL);
+        mls_http_engine_free(engine);
+    }
     shutdown(listener, SHUT_RDWR);
     close(listener);
     pthread_join(server, NULL);

@@ -29,6 +29,7 @@ typedef struct mls_http_config {
     size_t buffer_bytes;    /* for receiving, per transfer in flight; 0: chosen */
     const char *ca_file;    /* NULL: libcurl's own choice */
     bool insecure;          /* no look at certificates */
+    bool libcurl_only;      /* no wires of our own */
 } mls_http_config;
 
 typedef struct mls_http_engine mls_http_engine;

@@ -95,6 +95,19 @@ static int split_url(mls_http_endpoint *endpoint, const char *url, const char **
     return 0;
 }
 
+/* What decides on connection and framing, or what libcurl would send anyway: it knows how to put them together. */
+static bool is_libcurls(const char *name)
+{
+    static const char *const names[] = {
+        "accept", "connection", "content-length", "expect", "host", "te", "trailer", "transfer-encoding", "upgrade",
+        "user-agent",
+    };
+    for (size_t i = 0; i < sizeof names / sizeof names[0]; i++)
+        if (strcmp(name, names[i]) == 0)
+            return true;
+    return false;
+}
+
 static int endpoint_fill(mls_http_endpoint *endpoint, const mls_http_endpoint_spec *spec, const char **why)
 {
     const char *path;
@@ -108,6 +121,7 @@ static int endpoint_fill(mls_http_endpoint *endpoint, const mls_http_endpoint_sp
     const size_t npath = strlen(path), nprefix = strlen(spec->key_prefix);
     endpoint->dialect = spec->dialect;
     endpoint->follow = spec->follow;
+    endpoint->plain = true;
     endpoint->path = strdup(npath ? path : "/");
     endpoint->query = strdup(spec->query);
     endpoint->head = malloc(npath + 2 + 3 * nprefix);
@@ -127,6 +141,7 @@ static int endpoint_fill(mls_http_endpoint *endpoint, const mls_http_endpoint_sp
         error = mls_http_header_parse(spec->headers[endpoint->nheaders], &endpoint->headers[endpoint->nheaders], why);
         if (error)
             return error;
+        endpoint->plain = endpoint->plain && !is_libcurls(endpoint->headers[endpoint->nheaders].name);
     }
     return 0;
 }

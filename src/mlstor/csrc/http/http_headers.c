@@ -11,7 +11,7 @@ void mls_http_headers_reset(mls_http_headers *headers)
     headers->status = 0;
     headers->ended = headers->too_long = false;
     headers->length = headers->range_start = headers->range_end = headers->range_total = MLS_WHOLE;
-    headers->checksum_type[0] = headers->checksum[0] = headers->location[0] = '\0';
+    headers->checksum_type[0] = headers->checksum[0] = headers->location[0] = headers->retry_after[0] = '\0';
     memset(headers->etag, 0, sizeof headers->etag);
 }
 
@@ -99,6 +99,7 @@ void mls_http_headers_add(mls_http_headers *headers, const char *line, size_t nb
     case 'c':
     case 'e':
     case 'l':
+    case 'r':
     case 'x':
         break;
     default:
@@ -119,7 +120,9 @@ void mls_http_headers_add(mls_http_headers *headers, const char *line, size_t nb
     else if (IS("Location")) {
         headers->too_long = (size_t)(end - at) >= sizeof headers->location;
         take_text(headers->location, sizeof headers->location, at, end);
-    } else if (IS("Ais-Checksum-Type"))
+    } else if (IS("Retry-After"))
+        take_text(headers->retry_after, sizeof headers->retry_after, at, end);
+    else if (IS("Ais-Checksum-Type"))
         take_text(headers->checksum_type, sizeof headers->checksum_type, at, end);
     else if (IS("Ais-Checksum-Value"))
         take_text(headers->checksum, sizeof headers->checksum, at, end);

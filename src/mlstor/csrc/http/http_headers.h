@@ -16,6 +16,7 @@ typedef struct mls_http_headers {
     uint64_t range_start, range_end, range_total; /* Content-Range; MLS_WHOLE: not given */
     char etag[MLS_ETAG_BYTES];
     char checksum_type[24], checksum[72]; /* AIStore's, or "crc32c" and S3's; empty: none */
+    char retry_after[40]; /* seconds or a date; empty: none */
     char location[4096];
 } mls_http_headers;
 

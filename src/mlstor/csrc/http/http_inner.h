@@ -11,6 +11,7 @@
 #include <time.h>
 
 #include "http.h"
+#include "http_frame.h"
 #include "http_headers.h"
 #include "sigv4.h"
 
@@ -54,6 +55,7 @@ typedef struct mls_http_endpoint {
     size_t nheaders;
     int dialect;
     bool follow;
+    bool plain;           /* sends no header that decides on framing: wires may carry it */
     pthread_mutex_t lock; /* of identity */
     mls_http_identity *identity;
 } mls_http_endpoint;
@@ -122,17 +124,21 @@ typedef struct mls_http_slot {
     mls_http_identity *identity;
     int state;
     bool for_calls;
+    struct mls_http_wire *wire; /* that carries it; NULL: libcurl does, or finds a connection for it */
+    bool connecting;            /* libcurl makes a connection that will be a wire */
+    bool connect_only;          /* the handle is set to that */
     uint64_t activity_ns, retry_ns;
     mls_completion done;
 
     /* the request; what the handle holds already is not set again */
+    int asked_shape; /* of this request */
     int shape;
     const char *custom; /* method, a literal or the call's; NULL: the shape's own */
     mls_bytes base, target;
     const void *body;
     uint64_t body_nbytes;
     const void *held_body; /* that the handle knows */
-    uint64_t held_nbytes;
+    uint64_t held_nbytes, sent_nbytes;
     bool new_base;
     bool ranged, asked_empty; /* asked_empty: the body waits for the redirect */
     bool foreign;             /* redirected to another host */
@@ -167,10 +173,36 @@ typedef struct mls_http_slot {
     char curl_error[CURL_ERROR_SIZE];
 } mls_http_slot;
 
+/* ---- wires: connections without TLS or proxy that libcurl made and left to us ---- */
+
+/* A server of this worker's wires. */
+typedef struct mls_http_host {
+    struct mls_http_host *next;
+    struct mls_http_worker *worker;
+    struct mls_http_wire *idle; /* the last one used first */
+    size_t nbase;
+    char base[];
+} mls_http_host;
+
+typedef struct mls_http_wire {
+    int fd;
+    mls_http_host *host;
+    mls_http_slot *slot; /* NULL: idle */
+    struct mls_http_wire *next, *before; /* among the idle of its host */
+    uint64_t idle_ns;    /* since when */
+    bool used;           /* an answer came by it: if it breaks before the next one begins, the server had closed it */
+    bool wants_out;
+    mls_bytes request;   /* line and headers */
+    const uint8_t *body;
+    uint64_t body_nbytes, sent; /* sent: of both */
+    mls_http_frame frame;
+} mls_http_wire;
+
 /* ---- workers ---- */
 
 typedef struct mls_http_socket {
     mls_http_slot *slot; /* that waits for it; NULL: idle */
+    mls_http_wire *wire; /* NULL: libcurl's */
     uint32_t registered, wanted;
     bool is_connection;  /* made by us, and we hear when it is closed */
 } mls_http_socket;
@@ -186,6 +218,10 @@ typedef struct mls_http_worker {
     uint64_t curl_due_ns, timer_ns, queue_due_ns, sweep_ns, now_ns, epoch, call_epoch;
     mls_http_socket *sockets;
     size_t nsockets;
+    mls_http_host *hosts;
+    size_t nidle; /* wires */
+    uint8_t *scratch; /* what wires receive that has no place of its own */
+    size_t scratch_room;
     mls_sigv4_day days[MLS_HTTP_DAYS];
     uint64_t random;
     mls_completion done[64];
@@ -240,6 +276,7 @@ int mls_http_worker_open(mls_http_worker *worker);
 void mls_http_worker_close(mls_http_worker *worker);
 int mls_http_socket_made(void *slot, curl_socket_t fd, curlsocktype purpose);
 int mls_http_socket_closed(void *worker, curl_socket_t fd);
+mls_http_socket *mls_http_socket_of(mls_http_worker *worker, int fd); /* NULL: no memory */
 /* Ends a running transfer before its time; its connection goes with it. */
 void mls_http_break_off(mls_http_slot *slot, int kind, int error, const char *why);
 void mls_http_flush_done(mls_http_worker *worker);
@@ -253,10 +290,24 @@ void mls_http_slot_attempt(mls_http_slot *slot);
 /* Sets base and target by the answer's location; false if that can't be followed. */
 bool mls_http_slot_follow(mls_http_slot *slot);
 void mls_http_slot_send(mls_http_slot *slot);
+/* Has libcurl make a connection for the slot's request. */
+void mls_http_slot_connect(mls_http_slot *slot);
+const char *mls_http_method_of(const mls_http_slot *slot);
 
 /* http_request.c; false: no memory, or too many headers */
 bool mls_http_request_target(mls_http_slot *slot); /* the path with the key, and the query */
 bool mls_http_request_lines(mls_http_slot *slot, const char *method);
+
+/* http_wire.c */
+/* Whether wires may carry what the slot asks for. */
+bool mls_http_wire_fits(const mls_http_slot *slot);
+/* Sends the slot's request by an idle wire. False: there is none. */
+bool mls_http_wire_send(mls_http_slot *slot);
+/* libcurl has made the connection of slot->connecting: takes it over, and sends. */
+void mls_http_wire_connected(mls_http_slot *slot);
+void mls_http_wire_event(mls_http_wire *wire, uint32_t events);
+void mls_http_wire_close(mls_http_wire *wire);
+void mls_http_wires_free(mls_http_worker *worker);
 
 /* http_answer.c */
 size_t mls_http_on_header(char *line, size_t one, size_t n, void *user);

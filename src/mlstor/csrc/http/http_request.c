@@ -149,7 +149,7 @@ bool mls_http_request_lines(mls_http_slot *slot, const char *method)
         typed = typed || strcmp(call->headers[i].name, "content-type") == 0;
         fine = fine && add_header(slot, &call->headers[i]);
     }
-    if (slot->shape == MLS_SHAPE_BODY) { /* libcurl would wait for 100 Continue, and call it a form */
+    if (slot->asked_shape == MLS_SHAPE_BODY) { /* libcurl would wait for 100 Continue, and call it a form */
         fine = fine && add_line(slot, "Expect:");
         fine = fine && (typed || add_line(slot, "Content-Type: application/octet-stream"));
     }

@@ -131,6 +131,16 @@ static uint64_t random_below(mls_http_worker *worker, uint64_t most)
     return most ? x * 0x2545f4914f6cdd1du % most : 0;
 }
 
+/* What the server asks for, in seconds; 0: nothing. */
+static uint64_t retry_after_s(const mls_http_slot *slot)
+{
+    const char *text = slot->answer.retry_after;
+    if (text[0] >= '0' && text[0] <= '9')
+        return strtoull(text, NULL, 10);
+    const time_t at = text[0] ? curl_getdate(text, NULL) : -1, now = time(NULL);
+    return at > now ? (uint64_t)(at - now) : 0;
+}
+
 /* Full jitter over an exponential, capped; never less than the server asks for, up to the cap. */
 static uint64_t backoff(mls_http_slot *slot)
 {
@@ -140,12 +150,10 @@ static uint64_t backoff(mls_http_slot *slot)
         most *= 2;
     most = most < config->backoff_most_ns ? most : config->backoff_most_ns;
     uint64_t wait = random_below(slot->worker, most + 1);
-    curl_off_t asked_s = 0;
-    if (slot->answer.status)
-        curl_easy_getinfo(slot->easy, CURLINFO_RETRY_AFTER, &asked_s);
-    if (asked_s > 0) {
+    const uint64_t asked_s = retry_after_s(slot);
+    if (asked_s) {
         const uint64_t cap = config->backoff_most_ns;
-        const uint64_t asked = (uint64_t)asked_s < cap / 1000000000u + 1 ? (uint64_t)asked_s * 1000000000u : cap;
+        const uint64_t asked = asked_s < cap / 1000000000u + 1 ? asked_s * 1000000000u : cap;
         const uint64_t least = asked < cap ? asked : cap;
         wait = wait > least ? wait : least;
     }
@@ -281,8 +289,8 @@ void mls_http_settle(mls_http_slot *slot, CURLcode code)
     if (slot->verdict == MLS_KIND_OK && code != CURLE_OK)
         judge_transport(slot, code);
     if (slot->verdict == MLS_KIND_OK) {
-        if (slot->shape == MLS_SHAPE_BODY)
-            mls_count(&worker->sent_bytes, slot->held_nbytes);
+        if (slot->asked_shape == MLS_SHAPE_BODY)
+            mls_count(&worker->sent_bytes, slot->sent_nbytes);
         if (goes_on(slot))
             return;
     }

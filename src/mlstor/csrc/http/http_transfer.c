@@ -180,7 +180,7 @@ static void forget_answer(mls_http_slot *slot)
         slot->job->call->answer_headers.n = slot->job->call->answer_body.n = 0;
 }
 
-static const char *method_of(const mls_http_slot *slot)
+const char *mls_http_method_of(const mls_http_slot *slot)
 {
     static const char *const methods[] = {
         [MLS_TRANSFER_READ] = "GET", [MLS_TRANSFER_WRITE] = "PUT", [MLS_TRANSFER_STAT] = "HEAD",
@@ -189,11 +189,22 @@ static const char *method_of(const mls_http_slot *slot)
     return slot->job->call ? slot->job->call->spec.method : methods[slot->job->transfer.op];
 }
 
+/* Whether the handle only makes a connection, for a wire, or carries all of a transfer. */
+static CURLcode set_connect_only(mls_http_slot *slot, bool only)
+{
+    if (only == slot->connect_only)
+        return CURLE_OK;
+    const CURLcode error = curl_easy_setopt(slot->easy, CURLOPT_CONNECT_ONLY, only ? 1L : 0L);
+    slot->connect_only = error ? !only : only;
+    return error;
+}
+
 /* Method and body; the handle keeps what was set, and is told of changes only. */
-static CURLcode set_shape(mls_http_slot *slot, const char *method, int shape)
+static CURLcode set_shape(mls_http_slot *slot, const char *method)
 {
     CURL *easy = slot->easy;
     CURLcode error = CURLE_OK;
+    const int shape = slot->asked_shape;
     const char *custom = shape == MLS_SHAPE_BODY || strcmp(method, "DELETE") == 0 ? method : NULL;
     if (shape != slot->shape) {
         if (shape == MLS_SHAPE_HEAD)
@@ -202,14 +213,13 @@ static CURLcode set_shape(mls_http_slot *slot, const char *method, int shape)
             SET(CURLOPT_HTTPGET, 1L); /* takes back NOBODY too */
     }
     if (shape == MLS_SHAPE_BODY) {
-        const void *body = slot->asked_empty || !slot->body_nbytes ? "" : slot->body;
-        const uint64_t nbytes = slot->asked_empty ? 0 : slot->body_nbytes;
-        if (shape != slot->shape || nbytes != slot->held_nbytes)
-            SET(CURLOPT_POSTFIELDSIZE_LARGE, (curl_off_t)nbytes);
+        const void *body = slot->sent_nbytes ? slot->body : "";
+        if (shape != slot->shape || slot->sent_nbytes != slot->held_nbytes)
+            SET(CURLOPT_POSTFIELDSIZE_LARGE, (curl_off_t)slot->sent_nbytes);
         if (shape != slot->shape || body != slot->held_body)
             SET(CURLOPT_POSTFIELDS, body);
         slot->held_body = body;
-        slot->held_nbytes = nbytes;
+        slot->held_nbytes = slot->sent_nbytes;
     }
     if (custom != slot->custom) /* literals all */
         SET(CURLOPT_CUSTOMREQUEST, custom);
@@ -244,32 +254,68 @@ static CURLcode set_deadline(mls_http_slot *slot)
     return curl_easy_setopt(slot->easy, CURLOPT_TIMEOUT_MS, (long)(left / 1000000));
 }
 
+static void can_not_be_made(mls_http_slot *slot, CURLcode error)
+{
+    mls_http_verdict(slot, MLS_KIND_SYSTEM, -(error && error != CURLE_OUT_OF_MEMORY ? EINVAL : ENOMEM),
+                     "the request can't be made");
+    mls_http_settle(slot, CURLE_OK);
+}
+
+static void run_handle(mls_http_slot *slot)
+{
+    slot->curl_error[0] = '\0';
+    slot->activity_ns = slot->worker->now_ns;
+    slot->state = MLS_SLOT_RUNNING;
+    if (curl_multi_add_handle(slot->worker->multi, slot->easy) != CURLM_OK) {
+        slot->state = MLS_SLOT_FREE;
+        slot->connecting = false;
+        mls_http_verdict(slot, MLS_KIND_SYSTEM, -ENOMEM, "libcurl takes no more transfers");
+        mls_http_settle(slot, CURLE_OK);
+    }
+}
+
+void mls_http_slot_connect(mls_http_slot *slot)
+{
+    CURLcode error = set_connect_only(slot, true);
+    forget_answer(slot); /* if a wire has been tried */
+    if (!error)
+        error = set_place(slot);
+    if (error) {
+        can_not_be_made(slot, error);
+        return;
+    }
+    slot->connecting = true;
+    run_handle(slot);
+}
+
 void mls_http_slot_send(mls_http_slot *slot)
 {
-    mls_http_worker *worker = slot->worker;
-    const char *method = method_of(slot);
+    const char *method = mls_http_method_of(slot);
     const bool has_body = is_write(slot) || slot->body_nbytes || strcmp(method, "POST") == 0 || strcmp(method, "PUT") == 0;
-    const int shape = has_body ? MLS_SHAPE_BODY : strcmp(method, "HEAD") == 0 ? MLS_SHAPE_HEAD : MLS_SHAPE_GET;
+    slot->asked_shape = has_body ? MLS_SHAPE_BODY : strcmp(method, "HEAD") == 0 ? MLS_SHAPE_HEAD : MLS_SHAPE_GET;
+    slot->sent_nbytes = slot->asked_empty ? 0 : slot->body_nbytes;
     forget_answer(slot);
-    CURLcode error = set_shape(slot, method, shape);
+    if (!mls_http_request_lines(slot, method)) {
+        can_not_be_made(slot, CURLE_OK);
+        return;
+    }
+    mls_count(&slot->worker->requests, 1);
+    if (mls_http_wire_fits(slot)) {
+        if (!mls_http_wire_send(slot))
+            mls_http_slot_connect(slot);
+        return;
+    }
+    CURLcode error = set_connect_only(slot, false);
+    if (!error)
+        error = set_shape(slot, method);
     if (!error)
         error = set_place(slot);
     if (!error && slot->for_calls)
         error = set_deadline(slot);
-    if (error || !mls_http_request_lines(slot, method)) {
-        mls_http_verdict(slot, MLS_KIND_SYSTEM, -(error && error != CURLE_OUT_OF_MEMORY ? EINVAL : ENOMEM),
-                         "the request can't be made");
-        mls_http_settle(slot, CURLE_OK);
-        return;
-    }
-    slot->curl_error[0] = '\0';
-    slot->activity_ns = worker->now_ns;
-    slot->state = MLS_SLOT_RUNNING;
-    mls_count(&worker->requests, 1);
-    if (curl_multi_add_handle(worker->multi, slot->easy) != CURLM_OK) {
-        mls_http_verdict(slot, MLS_KIND_SYSTEM, -ENOMEM, "libcurl takes no more transfers");
-        mls_http_settle(slot, CURLE_OK);
-    }
+    if (error)
+        can_not_be_made(slot, error);
+    else
+        run_handle(slot);
 }
 
 /* The same base again need not be told to the handle. */

@@ -11,6 +11,7 @@
 
 #define MOST_EVENTS 64
 #define MOST_IDLE_CONNECTIONS 4096L /* as many as were needed at once stay; the servers close them in time */
+#define SCRATCH_BYTES ((size_t)128 << 10) /* finds the L2 cache */
 #define SWEEP_NS 1000000000u
 #define MOST_ROUNDS 4u /* between two looks at the sockets */
 
@@ -18,7 +19,7 @@ enum { TOKEN_EVENT = -1, TOKEN_TIMER = -2 };
 
 /* ---- sockets ---- */
 
-static mls_http_socket *socket_of(mls_http_worker *worker, curl_socket_t fd)
+mls_http_socket *mls_http_socket_of(mls_http_worker *worker, int fd)
 {
     const size_t index = (size_t)fd;
     if (index >= worker->nsockets) {
@@ -37,7 +38,7 @@ int mls_http_socket_made(void *user, curl_socket_t fd, curlsocktype purpose)
 {
     mls_http_slot *slot = user;
     mls_http_worker *worker = slot->worker;
-    mls_http_socket *socket = socket_of(worker, fd);
+    mls_http_socket *socket = mls_http_socket_of(worker, fd);
     (void)purpose;
     if (!socket)
         return CURL_SOCKOPT_ERROR;
@@ -60,7 +61,7 @@ static void forget_socket(mls_http_worker *worker, curl_socket_t fd, mls_http_so
 int mls_http_socket_closed(void *user, curl_socket_t fd)
 {
     mls_http_worker *worker = user;
-    mls_http_socket *socket = socket_of(worker, fd);
+    mls_http_socket *socket = mls_http_socket_of(worker, fd);
     if (socket) {
         forget_socket(worker, fd, socket); /* a child may hold it too: epoll would tell of it for ever */
         *socket = (mls_http_socket){0};
@@ -74,7 +75,7 @@ int mls_http_socket_closed(void *user, curl_socket_t fd)
 static int on_socket(CURL *easy, curl_socket_t fd, int what, void *user, void *unused)
 {
     mls_http_worker *worker = user;
-    mls_http_socket *socket = socket_of(worker, fd);
+    mls_http_socket *socket = mls_http_socket_of(worker, fd);
     (void)unused;
     if (!socket)
         return -1;
@@ -154,19 +155,23 @@ int mls_http_worker_open(mls_http_worker *worker)
     }
     worker->data_room = config->in_flight;
     worker->call_room = MLS_HTTP_CALL_SLOTS;
-    return 0;
+    worker->scratch_room = config->buffer_bytes ? config->buffer_bytes : SCRATCH_BYTES;
+    worker->scratch = malloc(worker->scratch_room);
+    return worker->scratch ? 0 : -ENOMEM;
 }
 
 void mls_http_worker_close(mls_http_worker *worker)
 {
     for (unsigned i = 0; worker->slots && i < worker->nslots; i++)
         mls_http_slot_close(&worker->slots[i]);
+    mls_http_wires_free(worker);
     if (worker->multi)
         curl_multi_cleanup(worker->multi); /* closes connections, and tells us of it */
     for (int i = 0; i < MLS_HTTP_DAYS; i++)
         mls_sigv4_wipe(&worker->days[i]);
     free(worker->slots);
     free(worker->sockets);
+    free(worker->scratch);
     const int fds[] = {worker->epoll, worker->event, worker->timer};
     for (int i = 0; i < 3; i++)
         if (fds[i] >= 0)
@@ -177,10 +182,13 @@ void mls_http_worker_close(mls_http_worker *worker)
 
 void mls_http_break_off(mls_http_slot *slot, int kind, int error, const char *why)
 {
-    if (slot->state == MLS_SLOT_RUNNING)
+    if (slot->wire)
+        mls_http_wire_close(slot->wire);
+    else if (slot->state == MLS_SLOT_RUNNING)
         curl_multi_remove_handle(slot->worker->multi, slot->easy);
     else if (slot->state == MLS_SLOT_RETRY)
         slot->worker->nretry--;
+    slot->connecting = false;
     mls_http_verdict(slot, kind, error, why);
     mls_http_settle(slot, CURLE_OK);
 }
@@ -270,9 +278,14 @@ static bool settle_all(mls_http_worker *worker)
         CURL *easy = message->easy_handle;
         mls_http_slot *slot = NULL;
         curl_easy_getinfo(easy, CURLINFO_PRIVATE, (char **)&slot);
-        curl_multi_remove_handle(worker->multi, easy);
-        slot->state = MLS_SLOT_FREE; /* until it goes on */
-        mls_http_settle(slot, code);
+        if (slot->connecting && code == CURLE_OK) {
+            mls_http_wire_connected(slot);
+        } else {
+            curl_multi_remove_handle(worker->multi, easy);
+            slot->state = MLS_SLOT_FREE; /* until it goes on */
+            slot->connecting = false;
+            mls_http_settle(slot, code);
+        }
         any = true;
     }
     return any;
@@ -326,6 +339,10 @@ static void wait_for_events(mls_http_worker *worker, bool may_sleep)
         if (fd < 0)
             continue;
         mls_http_socket *socket = &worker->sockets[fd];
+        if (socket->wire) {
+            mls_http_wire_event(socket->wire, events[i].events);
+            continue;
+        }
         if (!socket->wanted) { /* a resting connection: libcurl finds out when it wants to use it again */
             forget_socket(worker, fd, socket);
             continue;
