@@ -131,6 +131,16 @@ def test_an_object_without_room_is_of_the_wrong_length(engine: Engine, tmp_path:
     assert done["kind"][0] == Kind.LENGTH
 
 
+@pytest.mark.parametrize("direct", DIRECTS)
+def test_a_fifo_is_refused_and_not_waited_for(engine: Engine, tmp_path: Path, direct: str) -> None:
+    keys, _ = make(tmp_path, [5000] * 2)
+    os.mkfifo(tmp_path / "fifo")
+    files = ObjectFiles(engine, tmp_path, direct=direct)
+    for size in (WHOLE, 0):
+        done = run(files, ["fifo", *keys], object_nbytes=[size, 5000, 5000])
+        assert done["result"].tolist() == [-errno.EINVAL, 5000, 5000]
+
+
 def test_each_bad_file_is_reported_and_the_others_are_read(engine: Engine, tmp_path: Path) -> None:
     keys, _ = make(tmp_path, [5000] * 8)
     (tmp_path / "directory").mkdir()

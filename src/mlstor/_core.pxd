@@ -139,7 +139,7 @@ cdef extern from "engine.h" nogil:
     ctypedef struct mls_range_done:
         uint64_t tag
         int64_t result
-        uint64_t latency_ns
+        uint64_t latency_ns, end_ns
     ctypedef struct mls_range_queue:
         pass
     mls_engine *mls_engine_new(const mls_config *config, int *error)

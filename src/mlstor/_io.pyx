@@ -35,7 +35,7 @@ cdef extern from "<sys/mman.h>" nogil:
 
 cdef size_t HUGE_PAGE_BYTES = 2 << 20
 # In flight per worker at first with an automatic depth: what generates and checks data then works in the caches.
-cdef uint64_t WINDOW_BYTES = 4 << 20
+cdef uint64_t WINDOW_BYTES = 2 << 20
 cdef int64_t TICK_NS = 100_000_000  # how long a wait lasts before signals are looked at
 cdef dict MODES = {"auto": MLS_MODE_AUTO, "require": MLS_MODE_REQUIRE, "off": MLS_MODE_OFF}
 cdef dict BACKENDS = {"auto": MLS_BACKEND_AUTO, "io_uring": MLS_BACKEND_URING, "threads": MLS_BACKEND_THREADS}

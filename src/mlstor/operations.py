@@ -168,5 +168,5 @@ class Histogram(NamedTuple):
 
 #: Fields of an array of ranges for `RangeFile.submit`: tag is the caller's, dest the place in the buffer, bytes.
 RANGE_DTYPE = [("tag", "<u8"), ("offset", "<u8"), ("nbytes", "<u8"), ("dest", "<u8")]
-#: Fields of an array of completions from `RangeFile.reap`: result is bytes, or -errno.
-DONE_DTYPE = [("tag", "<u8"), ("result", "<i8"), ("latency_ns", "<u8")]
+#: Fields of an array of completions from `RangeFile.reap`: result is bytes, or -errno; the end is on CLOCK_MONOTONIC.
+DONE_DTYPE = [("tag", "<u8"), ("result", "<i8"), ("latency_ns", "<u8"), ("end_ns", "<u8")]

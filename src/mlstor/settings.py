@@ -105,7 +105,7 @@ class Settings:
         0,
         _count(0, 1024),
         unit="operations",
-        help="reads or writes in flight per worker; 0 begins with 4 MiB and takes up to 8 where they are slow",
+        help="reads or writes in flight per worker; 0 begins with 2 MiB and takes up to 8 where more gives more",
     )
     workers: int = _setting(
         0,

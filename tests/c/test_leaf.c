@@ -3,6 +3,7 @@
 #include "histogram.h"
 #include "pattern.h"
 #include "platform.h"
+#include "window.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -338,6 +339,63 @@ static void test_probe_and_page_cache_of_a_file(void)
     CHECK(strcmp(mls_fs_name(0x58465342), "xfs") == 0 && strcmp(mls_fs_name(1), "unknown") == 0);
 }
 
+/* The window after `nbytes` of storage that answers after `latency_ns` and gives `bytes_per_ns` at most. Every other
+ * measurement or so finds it `unsteady` percent slower. Returns what was in flight on average, in MiB. */
+static double window_on(mls_window *window, uint64_t nbytes, double latency_ns, double bytes_per_ns, unsigned unsteady)
+{
+    const uint64_t transfer_bytes = 1 << 20;
+    double now = 1e9, sum = 0;
+    unsigned random = 12345;
+    for (uint64_t i = 0; i < nbytes / transfer_bytes; i++) {
+        double rate = (double)window->bytes / latency_ns;
+        rate = rate < bytes_per_ns ? rate : bytes_per_ns;
+        random = random * 1664525 + 1013904223;
+        rate *= 1 - unsteady / 100.0 * (double)(random >> 16) / 65536;
+        now += (double)transfer_bytes / rate;
+        sum += (double)window->bytes;
+        mls_window_note(window, transfer_bytes, (uint64_t)((double)window->bytes / rate), (uint64_t)now);
+    }
+    return sum / (double)(nbytes / transfer_bytes) / (1 << 20);
+}
+
+static void test_the_window_is_as_wide_as_the_storage_needs(void)
+{
+    const uint64_t mib = 1 << 20, gib = 1 << 30;
+    mls_window window;
+    mls_window_init(&window, 2 * mib, 32 * mib);
+    window_on(&window, 4 * gib, 1e5, 3, 0); /* near and fast */
+    CHECK(window.bytes == 2 * mib);
+    mls_window_init(&window, 2 * mib, 32 * mib);
+    CHECK(window_on(&window, 16 * gib, 1e6, 0.3, 0) < 2.2); /* near, at its limit: a trial now and then */
+    mls_window_init(&window, 2 * mib, 32 * mib);
+    CHECK(window_on(&window, 16 * gib, 1e6, 0.3, 60) < 2.5); /* the same, unsteady */
+    mls_window_init(&window, 2 * mib, 32 * mib);
+    window_on(&window, gib / 2, 2e7, 2, 0); /* distant: 40 MB would be needed */
+    CHECK(window.narrow_bytes == 32 * mib && window.bytes == 32 * mib);
+    mls_window_init(&window, 2 * mib, 32 * mib);
+    window_on(&window, 2 * gib, 6e6, 2, 0); /* less distant: 12 MB are */
+    CHECK(window.narrow_bytes == 16 * mib);
+    mls_window_init(&window, 0, 32 * mib);
+    CHECK(window_on(&window, gib, 6e6, 2, 0) == 0);
+}
+
+static void test_a_rest_is_not_taken_for_slow_storage(void)
+{
+    const uint64_t mib = 1 << 20;
+    mls_window window;
+    uint64_t now = 1000;
+    mls_window_init(&window, 2 * mib, 32 * mib);
+    for (int i = 0; i < 4000; i++) {
+        if (i % 4 == 0) { /* without this, the rests would count as time of a slow and a fast half */
+            mls_window_rest(&window);
+            now += 1000000000;
+        }
+        mls_window_note(&window, mib, 5000000, now += 2500000);
+    }
+    CHECK(window.took_bytes == 0 || window.took_count < 4);
+    CHECK(window.bytes == 2 * mib && !window.trying);
+}
+
 int main(void)
 {
     test_first_use_by_several_threads(); /* before any other */
@@ -351,6 +409,8 @@ int main(void)
     test_crc_of_a_whole_from_its_parts();
     test_histogram_buckets_are_adjoining_and_narrow();
     test_histogram_may_be_read_while_it_is_written();
+    test_the_window_is_as_wide_as_the_storage_needs();
+    test_a_rest_is_not_taken_for_slow_storage();
     test_probe_and_page_cache_of_a_file();
     printf("leaf: ok (pattern %s, crc32 %s, crc32c %s)\n", mls_pattern_isa(), mls_digest_impl(MLS_DIGEST_CRC32),
            mls_digest_impl(MLS_DIGEST_CRC32C));

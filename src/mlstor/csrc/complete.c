@@ -10,25 +10,6 @@
 #include "plan.h"
 #include "steps.h"
 
-/* At 4 MiB per worker in flight, 4 ms are 1 GB/s per worker: below that rate more in flight may help. */
-#define SLOW_TRANSFER_NS 4000000u
-
-/* What is in flight grows where transfers take long: more of it costs nothing on slow storage, hides latency on distant
- * storage, and is held back where it would only push the staging memory out of the caches. */
-static void adapt_window(mls_worker *worker, uint64_t nbytes, uint64_t took_ns)
-{
-    if (!worker->window_bytes || worker->window_bytes >= worker->pool_nbytes)
-        return;
-    worker->took_ns += took_ns;
-    worker->took_count++;
-    worker->took_bytes += nbytes;
-    if (worker->took_bytes < 2 * worker->window_bytes)
-        return;
-    if (worker->took_ns / worker->took_count > SLOW_TRANSFER_NS)
-        worker->window_bytes *= 2;
-    worker->took_ns = worker->took_count = worker->took_bytes = 0;
-}
-
 void mls_worker_flush_ranges(mls_worker *worker)
 {
     if (worker->nranges)
@@ -43,7 +24,7 @@ static void report_range(mls_worker *worker, const mls_io *io, int64_t result, u
         mls_worker_flush_ranges(worker);
     worker->ranges_queue = op->ranges_queue;
     worker->ranges[worker->nranges++] =
-        (mls_range_done){op->tags[io->unit], result, now - io->submit_ns};
+        (mls_range_done){op->tags[io->unit], result, now - io->submit_ns, now};
 }
 
 void mls_worker_release_io(mls_worker *worker, mls_io *io)
@@ -153,7 +134,7 @@ static void complete_transfer(mls_worker *worker, mls_io *io, uint64_t now)
         return;
     }
     worker->in_flight_bytes -= io->io_nbytes;
-    adapt_window(worker, io->io_nbytes, now - io->submit_ns);
+    mls_window_note(&worker->window, io->io_nbytes, now - io->submit_ns, now);
     int error = outcome == MLS_OUTCOME_AGAIN ? atomic_load(&op->failed) : outcome == MLS_OUTCOME_ERROR ? (int)-io->result : outcome == MLS_OUTCOME_SHORT ? (writing ? EIO : MLS_ESHORT) : 0;
     if (io->zero_copy)
         mls_worker_add_user_memory(worker, -1);

@@ -48,12 +48,12 @@ static int worker_prepare(mls_worker *worker, mls_engine *engine, mls_crew *crew
 {
     worker->engine = engine;
     worker->crew = crew;
-    worker->window_bytes = crew->depth > 1 ? engine->config.window_bytes : 0;
     for (int i = 0; i < MLS_TIMINGS; i++)
         mls_histogram_reset(&worker->times[i]);
     size_t slots = crew->depth * engine->slot_bytes;
     size_t page = slots >= 8 * HUGE_PAGE_BYTES ? HUGE_PAGE_BYTES : 4096; /* all of it will be touched */
     worker->pool_nbytes = (slots + page - 1) / page * page;
+    mls_window_init(&worker->window, crew->depth > 1 ? engine->config.window_bytes : 0, worker->pool_nbytes);
     worker->pool = mmap(NULL, worker->pool_nbytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (worker->pool == MAP_FAILED) {
         worker->pool = NULL;

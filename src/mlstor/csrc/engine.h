@@ -18,7 +18,7 @@ typedef struct mls_config {
     unsigned depth;            /* transfers in flight per worker, at most */
     uint64_t block_bytes;      /* of a transfer, and of a staging slot, at most; at most 1 GiB */
     bool automatic_block;      /* 1 MiB, or the file system's preferred size where that is larger */
-    uint64_t window_bytes;     /* in flight per worker at first; grows while transfers are slow. 0: depth alone rules */
+    uint64_t window_bytes;     /* in flight per worker at first; see window.h. 0: depth alone rules */
     bool huge_pages;           /* ask for them (madvise) */
     bool registration;         /* register the staging pool with the ring */
 } mls_config;

@@ -122,6 +122,8 @@ static void hand_over(mls_worker *worker, mls_io *io, bool size_known, uint64_t 
     if (!size_known) {
         if (mls_statx_at(op->batch->files->root_fd, mls_batch_key(op->batch, member), MLS_STATX_BASIC_STATS, &job->statx) < 0)
             error = errno;
+        else if (!S_ISREG(job->statx.stx_mode))
+            error = S_ISDIR(job->statx.stx_mode) ? EISDIR : EINVAL;
         else
             error = mls_files_range(transfer_of(io), job->statx.stx_size, &job->offset, &job->nbytes);
     }
@@ -142,6 +144,8 @@ static void open_file(mls_worker *worker, mls_io *io)
     io->job->direct = atomic_load_explicit(&files->direct, memory_order_relaxed);
     io->fd = files->root_fd;
     io->open_flags = O_RDONLY | O_CLOEXEC | (io->job->direct ? O_DIRECT : 0);
+    if (!io->job->tries) /* a FIFO would wait for its writer; a lease that is in the way says EAGAIN, and is waited for */
+        io->open_flags |= O_NONBLOCK;
     go(worker, io, MLS_IO_OPEN);
 }
 

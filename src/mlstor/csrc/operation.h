@@ -79,7 +79,8 @@ typedef struct mls_range {
 typedef struct mls_range_done {
     uint64_t tag;
     int64_t result;         /* bytes, or -errno */
-    uint64_t latency_ns;
+    uint64_t latency_ns;    /* from its submission to the kernel; 0: it never began */
+    uint64_t end_ns;        /* CLOCK_MONOTONIC, when the worker saw it */
 } mls_range_done;
 
 typedef struct mls_result {

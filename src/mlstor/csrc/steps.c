@@ -30,8 +30,9 @@ static uint64_t tail_start(const mls_op *op)
 static void report_unclaimed(const mls_op *op)
 {
     int error = atomic_load(&op->failed);
+    uint64_t now = mls_now_ns();
     for (size_t i = op->unclaimed; error && i < op->nunits; i++) {
-        mls_range_done done = {op->tags[i], -(int64_t)(error == MLS_ECANCELED ? ECANCELED : error), 0};
+        mls_range_done done = {op->tags[i], -(int64_t)(error == MLS_ECANCELED ? ECANCELED : error), 0, now};
         mls_range_queue_push(op->ranges_queue, &done, 1);
     }
 }

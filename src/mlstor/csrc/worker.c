@@ -233,7 +233,7 @@ static void transfer(mls_worker *worker, mls_op *op, size_t index)
 static bool has_room(const mls_worker *worker)
 {
     return worker->free_ios && worker->in_flight < worker->crew->depth &&
-           (!worker->window_bytes || !worker->in_flight || worker->in_flight_bytes < worker->window_bytes);
+           (!worker->window.bytes || !worker->in_flight || worker->in_flight_bytes < worker->window.bytes);
 }
 
 /* As many units as there is room for. */
@@ -313,6 +313,7 @@ void *mls_worker_main(void *argument)
             mls_count(&worker->busy_ns, mls_now_ns() - mark);
             if (!idle(worker, seen))
                 break;
+            mls_window_rest(&worker->window);
             mark = mls_now_ns();
             continue;
         }

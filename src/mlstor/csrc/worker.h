@@ -7,6 +7,7 @@
 #include "backend.h"
 #include "engine.h"
 #include "transfer.h"
+#include "window.h"
 
 #define MLS_RANGE_BATCH 64
 #define MLS_FILE_BATCH 32
@@ -26,8 +27,8 @@ typedef struct mls_worker {
     size_t pool_nbytes;
     mls_io *ios, *free_ios;
     unsigned in_flight;
-    uint64_t in_flight_bytes, window_bytes; /* of transfers; the window is 0 where depth alone rules */
-    uint64_t took_ns, took_count, took_bytes; /* transfers since the window was last looked at */
+    uint64_t in_flight_bytes; /* of transfers */
+    mls_window window;        /* 0 where depth alone rules */
     uint64_t region_id, next_region_id; /* attached, or refused; seen once */
     bool region_attached;
     mls_op *current;

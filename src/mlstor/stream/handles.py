@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mlstor._io import AlignedBuffer, Engine, open_range_set
-from mlstor.operations import DONE_DTYPE, RANGE_DTYPE
+from mlstor.operations import RANGE_DTYPE
 from mlstor.storage.transfers import TransferCounters
 
 if TYPE_CHECKING:
@@ -18,14 +18,17 @@ if TYPE_CHECKING:
     from mlstor._io import Pattern
 
 _ALIGN_BYTES = 4096
-AHEAD = 512
-"""Reads that are handed to the engine beyond those in flight: 2 MiB of buffer, which stays in a second-level cache."""
+AHEAD = 4096
+"""Reads that are handed to the engine beyond those in flight: a step of Python for each half of them costs little per
+read, and the rest lasts 10 ms where 200,000 are done in a second."""
+AHEAD_IN_MEMORY = 512
+"""The same where each has memory, or may have a file of its own open: 2 MiB, which a second-level cache holds."""
 _OTHER_FILES = 64  # a journal, a library that is loaded late, ...
 _SLOT_NBYTES = 64 << 10  # the engine's staging slots: of what is read, not of checkpoints
 
 
 class Handles:
-    """Files of which records are read, `in_flight` at once, into a buffer that the engine registers.
+    """Files of which records are read, `in_flight` at once, and compared with a pattern or dropped.
 
     Parameters
     ----------
@@ -39,7 +42,8 @@ class Handles:
     most_open : int
         Files that stay open, at most. Others are open as long as reads of them are under way.
     pattern_of : callable, optional
-        Gives the pattern that a file was written with by its number, for `damaged`.
+        Gives the pattern that a file was written with by its number, for `damaged`: then records go to a buffer that
+        the engine registers. Without it they go no further than the engine's own memory, as fio's do.
     """
 
     workers = 1
@@ -56,18 +60,19 @@ class Handles:
     ) -> None:
         self.paths = paths
         self.record_nbytes = record_nbytes
+        self.in_flight, self.ahead = in_flight, ahead
         self.capacity = in_flight + ahead
         self._stride = -(-record_nbytes // _ALIGN_BYTES) * _ALIGN_BYTES
         self._engine = Engine(workers=1, depth=in_flight, block_bytes=max(_SLOT_NBYTES, self._stride))
         self._set = open_range_set(self._engine, paths, most_open)
         self._most_open = most_open
-        self._buffer = AlignedBuffer(self._stride * self.capacity)
-        self._bytes = memoryview(self._buffer)
+        self._buffer = None if pattern_of is None else AlignedBuffer(self._stride * self.capacity)
         self._pattern_of = pattern_of
         self._patterns: dict[int, Pattern] = {}
-        self._free = np.arange(self.capacity, dtype=np.uint64)
+        self._free = np.arange(self.capacity)
         self.room = self.capacity
-        self._done: Any = np.zeros(self.capacity, DONE_DTYPE)
+        self._ranges: Any = np.zeros(self.capacity, RANGE_DTYPE)
+        self._ranges["nbytes"] = record_nbytes
         self._requests = 0
 
     @property
@@ -99,12 +104,12 @@ class Handles:
             If a file can't be opened; nothing was begun then.
         """
         count = len(files)
-        slots = self._free[self.room - count : self.room]
-        ranges: Any = np.empty(count, RANGE_DTYPE)
+        slots: NDArray[np.intp] = self._free[self.room - count : self.room].copy()
+        ranges = self._ranges[:count]
         ranges["tag"] = slots
         ranges["offset"] = offsets
-        ranges["nbytes"] = self.record_nbytes
-        ranges["dest"] = slots * np.uint64(self._stride)
+        if self._buffer is not None:
+            ranges["dest"] = slots * self._stride
         if len(self.paths) > self._most_open:  # those of one file together: it is opened once for them
             order = np.argsort(files, kind="stable")
             ranges, files = ranges[order], files[order]
@@ -112,26 +117,26 @@ class Handles:
         self._set.submit(ranges, numbers, self._buffer)
         self.room -= count
         self._requests += count
-        return slots.astype(np.intp)
+        return slots
 
-    def reap(self, min_done: int, timeout_s: float) -> Any:
-        """Completions (DONE_DTYPE, by slot), as `RangeSet.reap`; valid until the next call. Their slots stay taken."""
-        return self._done[: self._set.reap(self._done, min_done, timeout_s)]
+    def reap(self, out: Any, min_done: int, timeout_s: float) -> int:
+        """Fill `out` with completions (DONE_DTYPE, by slot), as `RangeSet.reap`; how many. Their slots stay taken."""
+        return self._set.reap(out, min_done, timeout_s)
 
-    def give_back(self, slots: NDArray[np.uint64]) -> None:
+    def give_back(self, slots: NDArray[np.intp]) -> None:
         """Slots of which nothing is needed any more."""
         self._free[self.room : self.room + len(slots)] = slots
         self.room += len(slots)
 
     def damaged(self, slot: int, file: int, offset: int) -> int:
         """4 KiB blocks of the record in a slot that are not what the pattern says."""
+        if self._pattern_of is None or self._buffer is None:
+            raise ValueError("there is no pattern to compare with")
         pattern = self._patterns.get(file)
         if pattern is None:
-            if self._pattern_of is None:
-                raise ValueError("there is no pattern to compare with")
             pattern = self._patterns[file] = self._pattern_of(file)
         begin = slot * self._stride
-        return len(pattern.check(self._bytes[begin : begin + self.record_nbytes], offset))
+        return len(pattern.check(memoryview(self._buffer)[begin : begin + self.record_nbytes], offset))
 
     def cancel(self) -> None:
         """Reads that have not begun come back with ECANCELED."""

@@ -257,7 +257,7 @@ class Tally:
             )
         ran = rows["kind"] != Ended.CANCELLED
         well = rows["kind"] == Ended.OK
-        self._span(rows[ran])
+        self._span(rows["start_ns"][ran], rows["end_ns"][ran])
         self.count += int(well.sum())
         self.nbytes += int(rows["result"][well].sum())
         self.failed += int((ran & ~well).sum())
@@ -267,7 +267,8 @@ class Tally:
             self.damaged_blocks += int(compared["damaged_blocks"].sum())
         for epoch, _ in _counted(epochs[ran]):
             mask = ran & (epochs == epoch)
-            self._add_epoch(epoch, rows[mask], int((mask & well).sum()))
+            entry = self._add_to_epoch(epoch, rows["start_ns"][mask], rows["end_ns"][mask], rows["result"][mask & well])
+            entry.failed += int((mask & ~well).sum())
 
     def _by_temperature(self, epochs: npt.NDArray[np.uint32]) -> list[tuple[str, list[int]]]:
         found: dict[str, list[int]] = {}
@@ -275,22 +276,22 @@ class Tally:
             found.setdefault(self._temperature(epoch), []).append(epoch)
         return [(word, which) for word, which in found.items() if word != "unknown"]
 
-    def _span(self, rows: Any) -> None:
-        if not len(rows):
+    def _span(self, starts_ns: U64, ends_ns: U64) -> None:
+        if not len(starts_ns):
             return
         first, done, last = (
-            max(0, int(found) - self._start_ns)
-            for found in (rows["start_ns"].min(), rows["end_ns"].min(), rows["end_ns"].max())
+            max(0, int(found) - self._start_ns) for found in (starts_ns.min(), ends_ns.min(), ends_ns.max())
         )
         if not self.last_ns:
             self.first_ns, self.first_done_ns = first, done
         self.first_ns, self.first_done_ns = min(self.first_ns, first), min(self.first_done_ns, done)
         self.last_ns = max(self.last_ns, last)
 
-    def _add_epoch(self, epoch: int, rows: Any, well: int) -> None:
+    def _add_to_epoch(self, epoch: int, starts_ns: U64, ends_ns: U64, results: Any) -> stream.Epoch:
+        """Add operations of an epoch, with the `results` of those that ended well; the entry."""
         entry = stream.epoch_entry(epoch)
-        start = max(0, int(rows["start_ns"].min()) - self._start_ns)
-        end = max(0, int(rows["end_ns"].max()) - self._start_ns)
+        start = max(0, int(starts_ns.min()) - self._start_ns)
+        end = max(0, int(ends_ns.max()) - self._start_ns)
         found = self.epochs.get(entry)
         if found is None:
             found = self.epochs[entry] = stream.Epoch(
@@ -298,9 +299,9 @@ class Tally:
             )
         found.epochs = max(found.epochs, epoch - entry + 1)
         found.start_ns, found.end_ns = min(found.start_ns, start), max(found.end_ns, end)
-        found.count += well
-        found.nbytes += int(rows["result"][rows["kind"] == Ended.OK].sum())
-        found.failed += len(rows) - well
+        found.count += len(results)
+        found.nbytes += int(results.sum())
+        return found
 
     def figures(self, targets: Sequence[str]) -> dict[str, stream.OpFigures]:
         """Of all operations, by name; folds what is left."""

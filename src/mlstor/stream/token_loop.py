@@ -13,13 +13,16 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from mlstor.meter import INTERVAL_NS
+from mlstor.operations import DONE_DTYPE
 from mlstor.results.phase import MAX_DAMAGE
 from mlstor.results.stream import size_class
 from mlstor.signals import held
 from mlstor.storage.transfers import COMPLETION_DTYPE, Failure, Kind as Ended, Op
 from mlstor.stream import buckets
+from mlstor.stream.buckets import Durations
 from mlstor.stream.load import MOST_FAILURES
 from mlstor.stream.mix import Kind
 from mlstor.stream.slots import Slots
@@ -30,52 +33,61 @@ if TYPE_CHECKING:
     from mlstor.stream.handles import Handles
     from mlstor.stream.reads import Reads
 
-_BATCH = 128
+_BATCH = 128  # of completions, where reads wait for room
 _ENDS_BEFORE = -10001  # of RangeSet.reap: the file ends before the range
 _STOP_S = 0.2  # how long an interrupted run waits for what it called back
-_FIELDS = [("epoch", "<u4"), ("index", "<u4"), ("offset", "<u8"), ("intended_ns", "<u8")]
-_DONE_FIELDS = [
-    *_FIELDS,
-    ("start_ns", "<u8"),
-    ("end_ns", "<u8"),
-    ("result", "<i8"),
-    ("damaged_blocks", "<u4"),
-    ("kind", "u1"),
-]
+#: What is known of a read before it begins.
+ASKED_DTYPE = [("epoch", "<u4"), ("index", "<u4"), ("offset", "<u8"), ("intended_ns", "<u8")]
+_WHOLE = "V24"  # the same without its fields: numpy copies those one by one, ten times as slowly
 
 
 class TokenTally(Tally):
     """A tally that takes reads as the loop notes them: all of one kind and size, a third as large as completions."""
 
-    def add_reads(self, done: Any) -> None:
-        """Add reads that ended well."""
+    def add_reads(self, asked: Any, done: Any, damaged_blocks: npt.NDArray[np.uint32] | None) -> None:
+        """Add reads that ended well.
+
+        Parameters
+        ----------
+        asked, done
+            Of each read: ASKED_DTYPE and DONE_DTYPE.
+        damaged_blocks
+            Of each, if they were compared with a pattern.
+        """
         if not len(done):
             return
         op = self.ops.setdefault(Kind.GET_RANGE, OpTally())
-        total_ns = done["end_ns"] - done["start_ns"]
-        found = buckets.of(total_ns)
-        size = size_class(int(done["result"][0]))
+        total_ns, ends_ns, results = (np.ascontiguousarray(done[name]) for name in ("latency_ns", "end_ns", "result"))
+        starts_ns = ends_ns - total_ns
+        found, times = buckets.of(total_ns), Durations()
+        times.add(total_ns, found)
+        nbytes = int(results.sum())
+        size = size_class(int(results[0]))
         for part in (op.all, op.by_class.setdefault(size, Part()), op.by_target.setdefault(0, Part())):
-            part.add(done, total_ns, found)
-        if done["intended_ns"][0]:
-            late_ns = done["end_ns"] - done["intended_ns"]
+            part.nbytes += nbytes
+            part.total.merge(times)
+        if asked["intended_ns"][0]:
+            late_ns = ends_ns - asked["intended_ns"]
             op.times["from_intended"].add(late_ns, buckets.of(late_ns))
-        for epoch in np.unique(done["epoch"]).tolist():
-            mask = done["epoch"] == epoch
+        epochs = np.ascontiguousarray(asked["epoch"])
+        alike = bool((epochs == epochs[0]).all())
+        for epoch in [int(epochs[0])] if alike else np.unique(epochs).tolist():
+            mask = slice(None) if alike else epochs == epoch
+            self._add_to_epoch(epoch, starts_ns[mask], ends_ns[mask], results[mask])
             word = self._temperature(epoch)
             if word != "unknown":
-                op.by_temperature.setdefault(word, Part()).add(done[mask], total_ns[mask], found[mask])
-            self._add_epoch(epoch, done[mask], int(mask.sum()))
-        self._span(done)
-        nbytes = int(done["result"].sum())
+                part = op.by_temperature.setdefault(word, Part())
+                part.nbytes += int(results[mask].sum())
+                part.total.add(total_ns[mask], found[mask])
+        self._span(starts_ns, ends_ns)
         self.count += len(done)
         self.nbytes += nbytes
-        if self._verified:
+        if damaged_blocks is not None:
             self.verified_nbytes += nbytes
-            self.damaged_blocks += int(done["damaged_blocks"].sum())
-            damaged = done[done["damaged_blocks"] > 0][: max(0, MAX_DAMAGE - len(self.damaged))]
-            columns = (damaged[name].tolist() for name in ("index", "offset", "damaged_blocks"))
-            self.damaged += zip(*columns, strict=True)
+            self.damaged_blocks += int(damaged_blocks.sum())
+            where = np.flatnonzero(damaged_blocks)[: max(0, MAX_DAMAGE - len(self.damaged))]
+            columns = asked["index"][where], asked["offset"][where], damaged_blocks[where]
+            self.damaged += zip(*(column.tolist() for column in columns), strict=True)
 
 
 class TokenLoop:
@@ -109,9 +121,13 @@ class TokenLoop:
         self.ends_ns: int | None = None
         self._left = _reads_in(limits, handles.record_nbytes)
         self._begun = 0
-        self._block: Any = np.zeros(0, _FIELDS)
-        self._under_way: Any = np.zeros(handles.capacity, _FIELDS)
-        self._done: Any = np.zeros(FOLD + handles.capacity, _DONE_FIELDS)
+        #: outstanding reads at which more are handed over: half of those that are to wait in the engine
+        self._refill_at = handles.in_flight + handles.ahead // 2
+        self._block: Any = np.zeros(0, ASKED_DTYPE)
+        self._under_way: Any = np.zeros(handles.capacity, ASKED_DTYPE)
+        self._asked: Any = np.zeros(FOLD + handles.capacity, ASKED_DTYPE)
+        self._done: Any = np.zeros(FOLD + handles.capacity, DONE_DTYPE)
+        self._damaged_blocks: Any = np.zeros(FOLD + handles.capacity, np.uint32)
         self._filled = 0
         self._failed_in_a_row = 0
         self._finished = False
@@ -168,9 +184,7 @@ class TokenLoop:
             if not stopped and ends_ns is not None:
                 wait_ns = min(wait_ns, ends_ns - now_ns)
             if outstanding:
-                # In an open loop a read's end is when it is seen: then each is looked at when it comes.
-                least = 1 if self.pace is not None else min(_BATCH, outstanding)
-                self._reap(least, max(wait_ns, 0) / 1e9, tally)
+                self._reap(self._least(outstanding), max(wait_ns, 0) / 1e9, tally)
             else:
                 time.sleep(max(wait_ns, 0) / 1e9)
             now_ns = time.monotonic_ns()
@@ -179,6 +193,14 @@ class TokenLoop:
                 self._fold(tally)
                 tally.fold()
                 tick()
+
+    def _least(self, outstanding: int) -> int:
+        """Completions that are worth waking up for."""
+        if self.pace is not None and not self.handles.room:
+            return min(_BATCH, outstanding)
+        if self.pace is not None or self._finished:
+            return outstanding
+        return max(1, outstanding - self._refill_at)
 
     def _begin(self, now_ns: int) -> int:
         """Begin what there is room for and is due; ns until the next is due."""
@@ -204,7 +226,7 @@ class TokenLoop:
                 order = np.arange(self._begun, self._begun + len(part))
                 part["intended_ns"] = (pace.first_ns + order * pace.step_ns).astype(np.uint64)
             taken = self.handles.read(part["index"], part["offset"])
-            self._under_way[taken] = part
+            self._under_way.view(_WHOLE)[taken] = part.view(_WHOLE)
             self._block = self._block[len(part) :]
             self._begun += len(part)
             count -= len(part)
@@ -227,26 +249,20 @@ class TokenLoop:
     def _look_ahead(self) -> Any:
         most = FOLD if self._left is None else min(FOLD, self._left - self._begun)
         picked = self.reads.take(most)
-        block = np.zeros(len(picked.offset), _FIELDS)
+        block = np.zeros(len(picked.offset), ASKED_DTYPE)
         block["epoch"], block["index"], block["offset"] = picked.epoch, picked.index, picked.offset
         return block
 
     def _reap(self, least: int, timeout_s: float, tally: TokenTally) -> None:
-        done = self.handles.reap(least, timeout_s)
-        count = len(done)
+        first = self._filled
+        count = self.handles.reap(self._done[first:], least, timeout_s)
         if not count:
             return
+        done, asked = (rows[first : first + count] for rows in (self._done, self._asked))
         slots = done["tag"].astype(np.intp)
-        asked = self._under_way[slots]
-        rows = self._done[self._filled : self._filled + count]
-        for name, _ in _FIELDS:
-            rows[name] = asked[name]
-        now = np.uint64(time.monotonic_ns())
-        rows["end_ns"] = now
-        rows["start_ns"] = now - done["latency_ns"]
-        rows["result"] = done["result"]
+        np.take(self._under_way, slots, out=asked, mode="clip")  # which, unlike "raise", writes without a copy
         if self.verify:
-            rows["damaged_blocks"] = [
+            self._damaged_blocks[first : first + count] = [
                 self.handles.damaged(*one) if result >= 0 else 0
                 for result, *one in zip(
                     done["result"].tolist(),
@@ -256,7 +272,7 @@ class TokenLoop:
                     strict=True,
                 )
             ]
-        self.handles.give_back(done["tag"])
+        self.handles.give_back(slots)
         self._filled += count
         if self._filled >= FOLD:
             self._fold(tally)
@@ -266,14 +282,15 @@ class TokenLoop:
         count, self._filled = self._filled, 0
         if not count:
             return
-        done = self._done[:count]
+        done, asked = self._done[:count], self._asked[:count]
+        damaged = self._damaged_blocks[:count] if self.verify else None
         bad = done["result"] < 0
         if not bad.any():
-            tally.add_reads(done)
+            tally.add_reads(asked, done, damaged)
             self._failed_in_a_row = 0
             return
-        tally.add_reads(done[~bad])
-        self._add_failed(tally, done[bad])
+        tally.add_reads(asked[~bad], done[~bad], None if damaged is None else damaged[~bad])
+        self._add_failed(tally, asked[bad], done[bad])
         well = np.flatnonzero(~bad)
         behind = done[int(well[-1]) + 1 if len(well) else 0 :]
         failed = int((behind["result"] != -errno.ECANCELED).sum())
@@ -287,31 +304,30 @@ class TokenLoop:
                 last.url,
             )
 
-    def _add_failed(self, tally: TokenTally, done: Any) -> None:
+    def _add_failed(self, tally: TokenTally, asked: Any, done: Any) -> None:
         count, slots = len(done), self.slots
-        slots.epoch[:count] = done["epoch"]
-        slots.index[:count] = done["index"]
-        slots.intended_ns[:count] = done["intended_ns"]
+        for name in ("epoch", "index", "intended_ns"):
+            getattr(slots, name)[:count] = asked[name]
         rows: Any = np.zeros(count, COMPLETION_DTYPE)
         rows["tag"] = np.arange(count)
         rows["op"], rows["attempts"] = Op.READ, 1
-        for name in ("result", "start_ns", "end_ns"):
-            rows[name] = done[name]
+        rows["result"], rows["end_ns"] = done["result"], done["end_ns"]
+        rows["start_ns"] = done["end_ns"] - done["latency_ns"]
         rows["kind"] = Ended.SYSTEM
         for code, kind in ((-errno.ECANCELED, Ended.CANCELLED), (_ENDS_BEFORE, Ended.SHORT)):
             rows["kind"][done["result"] == code] = kind
         rows["first_kind"] = rows["kind"]
-        tally.add(rows, lambda: self._failures(rows, done))
+        tally.add(rows, lambda: self._failures(rows, asked))
 
-    def _failures(self, rows: Any, done: Any) -> list[Failure]:
+    def _failures(self, rows: Any, asked: Any) -> list[Failure]:
         found = []
         for at in np.flatnonzero(rows["kind"] != Ended.CANCELLED)[:256].tolist():
-            kind, offset = Ended(int(rows["kind"][at])), int(done["offset"][at])
+            kind, offset = Ended(int(rows["kind"][at])), int(asked["offset"][at])
             if kind is Ended.SHORT:
                 text = f"the file ends before {offset + self.handles.record_nbytes}"
             else:
-                text = f"{os.strerror(-int(done['result'][at]))} at offset {offset}"
-            found.append(Failure(at, kind, 0, self.handles.paths[int(done["index"][at])], text))
+                text = f"{os.strerror(-int(rows['result'][at]))} at offset {offset}"
+            found.append(Failure(at, kind, 0, self.handles.paths[int(asked["index"][at])], text))
         return found
 
 

@@ -83,12 +83,18 @@ def kept(
     pattern_of: Callable[[int], Pattern] | None = None,
 ) -> Handles:
     """Kept handles for the records of `objects`, whose keys are relative to the directory `root`; see `Handles`."""
-    from mlstor.stream.handles import AHEAD, Handles, most_files_open
+    from mlstor.stream.handles import AHEAD, AHEAD_IN_MEMORY, Handles, most_files_open
 
+    most_open = most_files_open(tokens.most_handles, 0)
+    ahead = AHEAD if pattern_of is None else AHEAD_IN_MEMORY
+    if len(objects) > most_open:  # then reads under way have files open beside those that are kept
+        ahead = AHEAD_IN_MEMORY
+        most_open = most_files_open(tokens.most_handles, in_flight + ahead)
     return Handles(
         [os.path.join(root, objects.name(index)) for index in range(len(objects))],
         record_nbytes=tokens.record_nbytes,
         in_flight=in_flight,
-        most_open=most_files_open(tokens.most_handles, in_flight + AHEAD),
+        ahead=ahead,
+        most_open=most_open,
         pattern_of=pattern_of,
     )
