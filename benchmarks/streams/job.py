@@ -14,6 +14,7 @@ from benchmarks.child import Job, measure
 from benchmarks.harness import BenchmarkError, Sample
 
 WARM_OPERATIONS = 2  # per transfer in flight, before the clock: connections are there, as in a run of hours
+LARGE_BYTES = 64 << 20  # beside an object of this size a connection is nothing: no warm-up
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +39,8 @@ class StreamJob(Job):
         Operations at a time, whatever the client calls them.
     via_proxy : bool
         AIStore: by way of the proxy.
+    directories : int
+        Into how many the keys are dealt; 0: all lie under the prefix itself.
     """
 
     endpoint: str = ""
@@ -45,6 +48,7 @@ class StreamJob(Job):
     nobjects: int = 0
     in_flight: int = 8
     via_proxy: bool = False
+    directories: int = 0
 
     @property
     def bucket(self) -> str:
@@ -53,7 +57,13 @@ class StreamJob(Job):
 
     def key(self, number: int) -> str:
         """Key of an object."""
-        return f"{self.prefix}/{number:06d}"
+        below = f"{number % self.directories:02d}/" if self.directories else ""
+        return f"{self.prefix}/{below}{number:06d}"
+
+    @property
+    def warm_operations(self) -> int:
+        """Operations before the clock starts."""
+        return self.in_flight * (0 if self.nbytes >= LARGE_BYTES else WARM_OPERATIONS)
 
     def order(self) -> list[int]:
         """All objects in a random order, the same for all contenders of a round."""
@@ -69,7 +79,7 @@ def by_threads(job: StreamJob, one: Callable[[int], int]) -> Sample:
     """Run ``one(number)``, which returns bytes, in ``job.in_flight`` threads: for ``job.seconds``, or each once."""
     order = job.order()
     with ThreadPoolExecutor(job.in_flight) as pool:
-        list(pool.map(one, itertools.islice(itertools.cycle(order), WARM_OPERATIONS * job.in_flight)))
+        list(pool.map(one, itertools.islice(itertools.cycle(order), job.warm_operations)))
         lock, counter = threading.Lock(), itertools.count()
         totals = [0, 0]
 

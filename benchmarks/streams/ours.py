@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.child import measure
 from benchmarks.harness import BenchmarkError, Sample
-from benchmarks.streams.job import WARM_OPERATIONS, StreamJob, counted
+from benchmarks.streams.job import StreamJob, counted
 
 if TYPE_CHECKING:
     from mlstor.storage.store import Store
@@ -35,7 +35,7 @@ def store_of(job: StreamJob) -> Store:
 
 
 def fill(job: StreamJob) -> Sample:
-    """Write the objects that are read."""
+    """Write the objects that are read, each once."""
     return put(job)
 
 
@@ -59,7 +59,7 @@ def transfer(job: StreamJob, op: str, memory: str) -> Sample:
     store = store_of(job)
     transfers = store.transfers(workers=1 if job.endpoint else 0, in_flight=job.in_flight)
     loop = _Loop(job, transfers, op, memory)
-    loop.run(WARM_OPERATIONS * job.in_flight, lambda: False)
+    loop.run(job.warm_operations, lambda: False)
     sample, operations = measure(job, loop.timed)
     before = transfers.counters()
     transfers.close()

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import random
 import time
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
 from benchmarks.child import measure
 from benchmarks.harness import BenchmarkError, Sample
-from benchmarks.streams.job import WARM_OPERATIONS, StreamJob, by_threads, counted
+from benchmarks.streams.job import StreamJob, by_threads, counted
 
 JOB = StreamJob
 REGION = "us-east-1"
+NOISE_BYTES = 1 << 20  # repeated in larger objects, as in mlstor's
 
 
 def body(job: StreamJob) -> bytes:
     """What is written: incompressible, the same object again and again, there before the clock starts."""
-    return random.Random(job.seed).randbytes(job.nbytes)
+    noise = random.Random(job.seed).randbytes(min(job.nbytes, NOISE_BYTES))
+    return noise * (job.nbytes // len(noise))
 
 
 def boto3_client(job: StreamJob) -> Any:
@@ -114,12 +118,30 @@ def obstore_threads_put(job: StreamJob) -> Sample:
 
 def obstore_asyncio_get(job: StreamJob) -> Sample:
     """get_async and bytes_async, in tasks of one event loop."""
-    store, order = obstore_client(job), job.order()
+    store = obstore_client(job)
 
     async def one(number: int) -> int:
         return len(await (await store.get_async(job.key(number))).bytes_async())
 
-    async def loop(numbers: Any, end_s: float) -> int:
+    return by_tasks(job, one)
+
+
+def obstore_asyncio_put(job: StreamJob) -> Sample:
+    """put_async in one request, in tasks of one event loop."""
+    store, data = obstore_client(job), body(job)
+
+    async def one(number: int) -> int:
+        await store.put_async(job.key(number), data, use_multipart=False)
+        return len(data)
+
+    return by_tasks(job, one)
+
+
+def by_tasks(job: StreamJob, one: Callable[[int], Awaitable[int]]) -> Sample:
+    """Run ``one(number)``, which returns bytes, in ``job.in_flight`` tasks for ``job.seconds``."""
+    order = job.order()
+
+    async def loop(numbers: Iterator[int], end_s: float) -> int:
         done = 0
         while time.monotonic() < end_s:
             if await one(order[next(numbers) % len(order)]) != job.nbytes:
@@ -132,9 +154,9 @@ def obstore_asyncio_get(job: StreamJob) -> Sample:
         return sum(await asyncio.gather(*(loop(numbers, end_s) for _ in range(job.in_flight))))
 
     async def warm() -> None:
-        await asyncio.gather(*(one(order[i % len(order)]) for i in range(WARM_OPERATIONS * job.in_flight)))
+        await asyncio.gather(*(one(order[i % len(order)]) for i in range(job.warm_operations)))
 
-    with asyncio.Runner() as runner:
-        runner.run(warm())
-        sample, operations = measure(job, lambda: runner.run(tasks(job.seconds)))
+    with contextlib.closing(asyncio.new_event_loop()) as events:
+        events.run_until_complete(warm())
+        sample, operations = measure(job, lambda: events.run_until_complete(tasks(job.seconds)))
     return counted(sample, operations, operations * job.nbytes)
