@@ -57,3 +57,29 @@ def test_storage_of_other_hosts_is_not_said_to_be_clean(bench: Bench) -> None:
     assert cleaned.code == 0
     assert "on each of 2 hosts: this cleans the one it runs on" in cleaned.out
     assert cleaned.out.count(" files of run run removed") == 1
+
+
+def test_a_streams_objects_are_removed_by_its_record_and_by_their_place(bench: Bench) -> None:
+    (bench.target / "foreign").write_bytes(b"x")
+    write = ["stream", "--put", "100", "--ops", "5", "--size", "1000", "--no-live", "--results", bench.results]
+    for words in ([], [bench.target]):
+        assert bench.command(*write, "--run-id", "run", bench.target).code == 0
+        cleaned = bench.command("clean", "run", *words, "--results", bench.results)
+        assert (cleaned.code, cleaned.err) == (0, "")
+        assert "5 objects of run run removed" in cleaned.out
+        assert [path.name for path in bench.target.iterdir()] == ["foreign"]
+    again = bench.command("clean", "run", "--results", bench.results)
+    assert again.code == 2
+    assert "no run 'run' under" in again.sentence
+
+
+def test_a_copy_is_not_cleaned(bench: Bench) -> None:
+    (bench.target / "from").mkdir()
+    (bench.target / "from/a").write_bytes(b"x")
+    places = [bench.target / "from", bench.target / "to"]
+    assert bench.command("copy", *places, "--no-live", "--results", bench.results).code == 0
+    [run] = [path.name for path in bench.results.iterdir() if not path.name.startswith(".")]
+    refused = bench.command("clean", run, "--results", bench.results)
+    assert refused.code == 2
+    assert "is a run of mlstor copy" in refused.sentence
+    assert (bench.target / "to/a").read_bytes() == b"x"

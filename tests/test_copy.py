@@ -270,13 +270,33 @@ def test_another_number_of_ranks_goes_on_with_what_is_proven(copy: CopyBench) ->
     copy()
     key = json.dumps([[[str(copy.source), None], [str(copy.destination), None]], ""])
     proven = resume.Proven(str(copy.results), key, 7)
-    proven.add([f"{at:03d}" for at in range(10)], [1000 + at for at in range(10)], [0] * 10)
+    proven.add([f"{at:03d}" for at in range(10)], [1000 + at for at in range(10)], [0] * 10, [proven.begun_ns] * 10)
     proven.save()
     with open(proven.directory / "7.proven", "ab") as file:
         file.write(b"cut off")
     ran = copy.mpi(2, "--verify", "read", copy.source, copy.destination)
     assert ran.code == 0, ran.err + ran.out
     assert (ran.stream.phases[0].skipped_count, ran.stream.phases[0].ops["put"].count) == (10, 20)
+
+
+def test_a_file_that_has_changed_since_it_was_proven_is_copied_again(copy: CopyBench) -> None:
+    made = make(copy.source, dict.fromkeys(("same", "changed", "replaced", "large"), 9000) | {"big": 3 * PART})
+    copy(*SMALL_PARTS)
+    key = json.dumps([[[str(copy.source), None], [str(copy.destination), None]], ""])
+    proven = resume.Proven(str(copy.results), key, 0)
+    proven.add(list(made), [len(data) for data in made.values()], [0] * 5, [proven.begun_ns] * 5)
+    proven.save()
+    for name in ("changed", "big"):
+        copy_support.flip(copy.source / name, 100)
+    other = copy.source.parent / "other"
+    other.write_bytes(bytes(9000))
+    os.utime(other, ns=(0, 0))  # its own time is that of another day: it shows by when its name came
+    other.rename(copy.source / "replaced")
+    (copy.source / ".mlstor-flipped-changed").unlink()
+    (copy.source / ".mlstor-flipped-big").unlink()
+    record = copy(*SMALL_PARTS).stream
+    assert files(copy.destination) == files(copy.source)
+    assert (record.phases[0].skipped_count, record.phases[0].ops["put"].count) == (2, 3)
 
 
 @pytest.mark.parametrize(

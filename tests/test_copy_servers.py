@@ -19,7 +19,7 @@ from servers.weed import Weed, weed  # noqa: F401 - a fixture
 
 from mlstor.copy.names import refusal
 from mlstor.storage.parts import PartedTransfers
-from mlstor.storage.transfers import COMPLETION_DTYPE, Op
+from mlstor.storage.transfers import COMPLETION_DTYPE, TRANSFER_DTYPE, Op
 
 SIZES = {name: 50 * at * at for at, name in enumerate(NAMES)} | {"empty": 0, "large": 20 * MIB + 7}
 PARTS = ("--part", "5MiB", "--memory", "20MiB")
@@ -162,6 +162,52 @@ def test_other_bytes_at_the_destination_are_found_and_removed(
     assert sorted(s3.objects()) == sorted({"small", "large", "good"} - {key})
     if verify == "read":
         assert ran.stream.phases[0].verification.damaged_blocks == -(-(9000 if key == "small" else 6 * MIB) // 4096)
+
+
+def test_a_write_that_is_refused_leaves_the_object_that_was_there(
+    copy: CopyBench, s3: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory that changes between read and write: the parts don't add up to what was read, and are not put together."""
+    make(copy.source, {"object": 20 * MIB})
+    s3.store.write("object", b"the former one")
+    plain = PartedTransfers.submit
+
+    def submit(self: PartedTransfers, transfers: Any, names: Any, buffer: Any = None, pattern: Any = None) -> int:
+        first = np.frombuffer(transfers, TRANSFER_DTYPE)[0]
+        if first["op"] == Op.WRITE and buffer is not None:
+            memoryview(buffer)[int(first["place"])] ^= 1
+        return plain(self, transfers, names, buffer, pattern)
+
+    monkeypatch.setattr(PartedTransfers, "submit", submit)
+    words = ["--part", "32MiB", *s3.words("destination"), copy.source, s3.url]
+    ran = copy.run("--overwrite", *words)
+    assert ran.code == 3, ran.err + ran.out
+    assert ran.stream.phases[0].ops["put"].errors == {"checksum": 1}
+    assert s3.objects() == {"object": b"the former one"}
+    assert list(s3.store.unfinished_uploads()) == []
+
+
+@pytest.mark.parametrize("kind", ["s3", "ais"])
+def test_an_object_that_has_changed_since_it_was_proven_is_copied_again(
+    copy: CopyBench, s3: Bucket, ais: Bucket, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    source = {"s3": s3, "ais": ais}[kind]
+    for key in ("same", "changed", "gone"):
+        source.store.write(key, os.urandom(9000))
+    source.store.write("large", os.urandom(6 * MIB))
+    import mlstor.copy.resume as resume
+
+    with monkeypatch.context() as patch:  # as if it had been interrupted at its end
+        patch.setattr(resume.Proven, "discard", lambda self: None)
+        ran = copy.run(*PARTS, *source.words("source"), source.url, copy.destination)
+        assert ran.code == 0, ran.err
+    source.store.write("changed", os.urandom(9000))
+    source.store.write("large", os.urandom(6 * MIB))
+    (copy.destination / "gone").unlink()
+    ran = copy.run(*PARTS, *source.words("source"), source.url, copy.destination)
+    assert ran.code == 0, ran.err
+    assert files(copy.destination) == source.objects()
+    assert ran.stream.phases[0].ops["put"].count == 3
 
 
 def test_an_object_that_is_gone_fails_alone(copy: CopyBench, s3: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:

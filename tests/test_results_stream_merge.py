@@ -6,6 +6,7 @@ import random
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 from stream_factory import COUNT, NBYTES, op, part, progress, report, rich_op, times
@@ -14,7 +15,7 @@ from mlstor.errors import WorldError
 from mlstor.results import stream as s
 from mlstor.results.percentiles import of_values, percentile
 from mlstor.results.stream_merge import OTHERS, add_ops, merge_stream
-from mlstor.results.stream_verdicts import judge_network, server_cache
+from mlstor.results.stream_verdicts import distinct_nbytes, judge_network, server_cache
 from mlstor.storage.transfers import Kind
 
 
@@ -244,3 +245,14 @@ def test_the_share_of_the_cores_is_that_of_the_time_that_counts() -> None:
     warmed_up.ranks[0].start_ns = 10**9
     assert merge_stream([cold_start]).client.limited == "no"
     assert merge_stream([warmed_up]).client.limited == "yes"
+
+
+def test_the_working_set_is_what_was_read_of_distinct_objects() -> None:
+    rng = np.random.default_rng(1)
+    n, size = 1000, 10
+    assert [distinct_nbytes(read, n * size) for read in (0, 2500, 10_000, 70_000)] == [0, 2500, 10_000, 10_000]
+    drawn = [len(np.unique(rng.integers(0, n, 1500))) for _ in range(200)]
+    assert distinct_nbytes(1500 * size, n * size, draws_of=n) == pytest.approx(np.mean(drawn) * size, rel=0.01)
+    shared = [len(np.unique(np.concatenate([rng.permutation(n)[:300] for _ in range(4)]))) for _ in range(200)]
+    assert distinct_nbytes(4 * 300 * size, n * size, clients=4) == pytest.approx(np.mean(shared) * size, rel=0.01)
+    assert distinct_nbytes(50, 10, draws_of=1) == distinct_nbytes(10, 10, draws_of=1) == 10

@@ -212,6 +212,7 @@ def test_a_pace_that_was_to_be_kept_is_judged_from_the_intended_start(
 def test_what_was_asked_for_is_said_at_the_top() -> None:
     work = workload(
         mix_ppm={"get": 900_000, "put": 100_000},
+        uneven="pad",
         update_ppm=5_000,
         sizes="1 MiB",
         duration_ns=2 * 10**9,
@@ -219,7 +220,10 @@ def test_what_was_asked_for_is_said_at_the_top() -> None:
     )
     text = words(printed(record(workload=work)))
     assert text.startswith("mlstor 0.1.0 stream, run 20261122-060822-1f3a: complete")
-    assert "s3://bucket/train, 90 % get, 10 % put, 0.5 % of the GETs updated, 1 MiB, order permutation, seed 7" in text
+    assert (
+        "s3://bucket/train, 90 % get, 10 % put, 0.5 % of the GETs updated, 1 MiB, order permutation, seed 7, uneven pad"
+        in text
+    )
     assert "until 1 epoch or 2 s; 2 workers a process, 8 in flight each, warm-up of 1 s not counted" in text
     assert "catalog 200 objects, 13.11 MB (12.50 MiB) (listing)" in text
     assert "store s3://bucket/train, endpoint http://localhost:8333, signed True" in text

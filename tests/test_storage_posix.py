@@ -66,7 +66,25 @@ def test_what_is_no_object_is_left_out(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to("a")
     (tmp_path / "nowhere").symlink_to("missing")
     (tmp_path / "above").symlink_to("..")
-    assert listed(posix.open(str(tmp_path))) == {"a": 1, "link": 1, "b.mlstor-tmp": 5}
+    store = posix.open(str(tmp_path))
+    assert listed(store) == {"a": 1, "link": 1, "b.mlstor-tmp": 5}
+    for ask in (store.stat, store.read):
+        with pytest.raises(OSError, match="no regular file"):
+            ask("fifo")
+
+
+def test_what_killed_writes_left_is_removed_below_a_directory_alone(tmp_path: Path) -> None:
+    names = {
+        "run/.a.0123abcd.mlstor-tmp": 4,
+        "run/d/.b.0123abcd.mlstor-tmp": 4,
+        ".c.0123abcd.mlstor-tmp": 4,
+        "run/a": 1,
+    }
+    tree(tmp_path, names)
+    assert posix.open(str(tmp_path)).remove_leftovers("run") == 2
+    left = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*"))
+    assert left == [".c.0123abcd.mlstor-tmp", "run", "run/a"]
+    assert posix.open(str(tmp_path)).remove_leftovers("none") == 0
 
 
 def test_a_large_directory_is_listed_in_pages(tmp_path: Path) -> None:

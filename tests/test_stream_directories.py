@@ -126,6 +126,18 @@ def test_a_signal_leaves_a_partial_record_with_its_figures(stream, signum):
     assert not list(stream.results.glob("*/journal"))
 
 
+def test_after_kill_9_cleaning_leaves_nothing_of_the_run(stream):
+    (Path(stream.url) / "foreign").write_bytes(b"x")
+    words = stream.arguments("--put", 100, "--size", "8MiB", "--ops", 200, "--prefix-dirs", 2, "--run-id", "killed")
+    under_way = stream.start([sys.executable, *MODULE, *words])
+    under_way.wait_for(lambda: len(list(Path(stream.url).glob("killed/*/0*"))) > 5)
+    under_way.send(signal.SIGKILL)
+    assert under_way.wait().code == -signal.SIGKILL
+    assert list(Path(stream.url).rglob("*.mlstor-tmp")), "it was to be killed while it wrote"
+    stream("--clean", "killed")
+    assert [path.name for path in Path(stream.url).iterdir()] == ["foreign"]
+
+
 def test_interrupted_ranks_leave_one_partial_record(stream):
     for index in range(200):
         (Path(stream.url) / f"{index:03d}").write_bytes(bytes(10_000))

@@ -451,6 +451,24 @@ def test_a_server_that_refuses_until_the_time_is_over_is_no_success(stream, monk
     assert ran.stream.phases[0].ops["get"].retried_by == {"HTTP 503": 8}
 
 
+def test_what_still_waited_for_another_attempt_at_the_end_is_told(stream, monkeypatch):
+    stream.put(100)
+    carry_out = stream_support.MemoryTransfers._carry_out
+
+    def refused(self: Any, done: Any, *asked: Any) -> None:
+        carry_out(self, done, *asked)
+        key = asked[1][int(asked[0]["key_start"]) :][: int(asked[0]["key_nbytes"])]
+        if asked[0]["op"] == Op.READ and key.endswith(b"7"):
+            done["kind"], done["first_kind"], done["first_status"] = Kind.CANCELLED, Kind.HTTP, 503
+
+    monkeypatch.setattr(stream_support.MemoryTransfers, "_carry_out", refused)
+    ran = stream.run("--epochs", 1)
+    assert ran.code == 0
+    assert ran.sentence == (
+        "mlstor: 10 transfers had failed and waited to be tried again when the time was over (HTTP 503)"
+    )
+
+
 def test_a_cluster_that_does_not_tell_its_memory_is_read_all_the_same(stream, monkeypatch):
     def refused(self: Any) -> int:
         raise PermissionError(errno.EACCES, "only for administrators", URL)

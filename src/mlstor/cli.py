@@ -22,7 +22,7 @@ VERBS = {
         "copy objects between directories, S3 and AIStore: verified, resumable, measured",
     ),
     "aisloader": ("mlstor.aisloader.cli", "take aisloader's command lines, for AIStore or S3"),
-    "clean": ("mlstor.checkpoint.clean", "remove the files that a checkpoint run left"),
+    "clean": ("mlstor.checkpoint.clean", "remove what a checkpoint or stream run left"),
     "mlpstorage": (
         "mlstor.checkpoint.mlpstorage",
         "take the command lines of MLPerf Storage's checkpointing",

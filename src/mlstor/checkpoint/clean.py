@@ -6,12 +6,15 @@ import argparse
 import glob
 import os
 import re
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from mlstor.checkpoint import options as checkpoint_options, rundir
 from mlstor.errors import UsageError
 from mlstor.storage.arguments import add_store_options, store_options
 from mlstor.storage.store import scheme_of
+
+if TYPE_CHECKING:
+    from mlstor.results.record import StreamRecord
 
 _FIELD = re.compile(r"\{(?:rank|local_rank|host)\}")
 
@@ -29,7 +32,9 @@ def main(argv: list[str]) -> int:
     UsageError
         If there is no such run under any PATH, or no PATH was given and there is no record.
     """
-    parser = _Parser(prog="mlstor clean", description="Remove the checkpoints that a run has left under PATH.")
+    parser = _Parser(
+        prog="mlstor clean", description="Remove the checkpoints, or the objects of a stream, that a run has left."
+    )
     parser.add_argument("run", metavar="RUN", help="the run's id")
     parser.add_argument(
         "paths",
@@ -49,6 +54,11 @@ def main(argv: list[str]) -> int:
         options = {**recorded, **options}
     found = False
     for path in dict.fromkeys(paths):
+        count = _remove_stream(path, given.run, options)
+        if count is not None:
+            found = True
+            print(f"{path}: {count} objects of run {given.run} removed")
+            continue
         remove = _remove_objects if scheme_of(path) != "file" else _remove_files
         result = remove(path, given.run, options)
         if result is None:
@@ -59,9 +69,11 @@ def main(argv: list[str]) -> int:
         for other in foreign:
             print(f"{other} stays: the run did not write it")
     if not found:
+        from mlstor.stream import manifest as manifests
+
         raise UsageError(
             f"no run {given.run!r} under {', '.join(given.paths or paths)}: "
-            f"look for directories with a {rundir.MANIFEST}"
+            f"look for directories with a {rundir.MANIFEST} or {manifests.NAME}"
         )
     return 0
 
@@ -83,6 +95,25 @@ def _remove_objects(url: str, run_id: str, store_options: dict[str, Any]) -> tup
         store.close()
 
 
+def _remove_stream(url: str, run_id: str, store_options: dict[str, Any]) -> int | None:
+    """Objects that a stream has written there, removed; None if it has not written there."""
+    from mlstor.stream import manifest as manifests
+    from mlstor.stream.group import open_url
+
+    if scheme_of(url) == "file" and not os.path.isdir(url):
+        return None
+    store = open_url(url, store_options)
+    try:
+        manifest = manifests.load(store, run_id)
+        if manifest is None:
+            return None
+        count = manifests.remove_objects(store, manifest)
+        manifests.remove_marks(store, manifest)
+        return count
+    finally:
+        store.close()
+
+
 def _recorded(run_id: str, results_dir: str | None) -> tuple[list[str], dict[str, Any]]:
     """Where the run has written to, and how stores were reached, as its record says."""
     from mlstor.results import record
@@ -95,7 +126,9 @@ def _recorded(run_id: str, results_dir: str | None) -> tuple[list[str], dict[str
             f"there is no record of run {run_id!r} under {results_dir}: name the directories that it measured, as "
             "mlstor clean RUN PATH, or where its record is, with --results"
         )
-    loaded = record.load(run_dir)
+    loaded = record.load_any(run_dir)
+    if isinstance(loaded, record.StreamRecord):
+        return _recorded_stream(run_id, loaded)
     if loaded.workload.read_run is not None:
         raise UsageError(
             f"{run_id} only read the files of run {loaded.workload.read_run}; name that one to remove them"
@@ -106,6 +139,17 @@ def _recorded(run_id: str, results_dir: str | None) -> tuple[list[str], dict[str
         )
     said = checkpoint_options.parse(loaded.command[2:]).store_options if loaded.stores else {}
     return [target.resolved_path for target in loaded.targets], said
+
+
+def _recorded_stream(run_id: str, loaded: StreamRecord) -> tuple[list[str], dict[str, Any]]:
+    from mlstor.results.stream_workload import StreamWorkload
+    from mlstor.stream import options as stream_options
+
+    verb = loaded.command[1] if len(loaded.command) > 1 else ""
+    if verb != "stream" or not isinstance(loaded.workload, StreamWorkload):
+        raise UsageError(f"{run_id} is a run of mlstor {verb}, whose objects are no run's own: remove them yourself")
+    paths = [path for url in loaded.workload.urls for path in _matches(url)]
+    return paths, stream_options.parse(loaded.command[2:]).store_options
 
 
 def _matches(pattern: str) -> list[str]:

@@ -28,6 +28,8 @@ class Large:
         Slots that hold parts of it.
     ended : bool
         The upload was completed or aborted, or is about to be.
+    version : int
+        Of the checksum that the source says, see `version_of`; 0 without one.
     failure : tuple or None
         Of the first failure: get or put, its completion, what is said of it, and whether bytes were others.
     """
@@ -43,6 +45,7 @@ class Large:
         self.waiting: list[int] = []
         self.failure: tuple[str, Any, Failure | None, bool] | None = None
         self.source_crc: int | None = None
+        self.version = 0
         self.began_ns = time.monotonic_ns()
 
     def span(self, number: int) -> tuple[int, int]:

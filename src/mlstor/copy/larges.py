@@ -14,6 +14,7 @@ import numpy as np
 
 from mlstor.copy.large import Large, failed_row
 from mlstor.copy.parts import FileParts, ServerParts
+from mlstor.copy.resume import version_of
 from mlstor.copy.tally import completion, completion_of
 from mlstor.errors import UsageError
 from mlstor.storage.store import ObjectInfo
@@ -88,7 +89,7 @@ class Larges:
         self.under_way.add(large)
         self._queue.append(large)
         mover = self._mover
-        asks = mover.how.verify != "no" and mover.source.digest is Digest.CRC32C
+        asks = mover.how.verify != "no" and mover.source.digest is not Digest.NONE
 
         def begin() -> tuple[str, ObjectInfo | None]:
             info = mover.source.store.stat(large.key) if asks else None
@@ -105,7 +106,9 @@ class Larges:
         else:
             large.upload_id, info = answer
             self._mover.proven.begun(large.key, large.upload_id)
-            large.source_crc = None if info is None else crc_said(info)
+            if info is not None:
+                large.source_crc = crc_said(info)
+                large.version = version_of((info.checksum or ("", ""))[1].encode())
         waiting, large.waiting = large.waiting, []
         for slot in waiting:
             self._write(large, slot)
@@ -321,7 +324,9 @@ class Larges:
             put["flags"] |= _COMPARED
         tally.got(np.atleast_1d(got))
         tally.arrived(np.atleast_1d(put), large.nbytes if compared else 0, now_ns)
-        self._mover.proven.add([large.key], [large.nbytes], [crc or 0])
+        mover = self._mover
+        [version] = mover.proven.versions(mover.source.scheme, large.read["etag"][:1].tolist())
+        mover.proven.add([large.key], [large.nbytes], [crc or 0], [version or large.version])
         self.under_way.discard(large)
 
     def _was_aborted(self, large: Large, answer: Any) -> None:

@@ -106,7 +106,7 @@ class Mover:
         self._names: list[Any] = [b""] * self.slots
         capacity = self.slots * PER_SLOT
         self._items: Any = np.zeros(capacity, TRANSFER_DTYPE)
-        self._index = np.zeros(capacity, np.uint64)
+        self._index, self._version = np.zeros(capacity, np.uint64), np.zeros(capacity, np.uint64)
         self._wrote: Any = np.zeros(capacity, COMPLETION_DTYPE)
         self._out: Any = np.zeros(4096, COMPLETION_DTYPE)
         self.larges = Larges(self, target)
@@ -256,6 +256,7 @@ class Mover:
         if self._stopping:
             return
         self._items["digest_value"][tags] = rows["digest_value"]
+        self._version[tags] = self.proven.versions(self.source.scheme, rows["etag"].tolist())
         self._items["nbytes"][tags] = self._items["object_nbytes"][tags]
 
         def write(items: Any) -> None:
@@ -278,7 +279,8 @@ class Mover:
         written = rows["op"] == Op.WRITE
         for row in rows[rows["kind"] != Kind.OK]:
             differs = row["kind"] in (Kind.CHECKSUM, Kind.LENGTH)
-            if differs:
+            # a server that refuses a write keeps what it had before
+            if differs and (row["op"] != Op.WRITE or self.destination.scheme == "file"):
                 self.spoilt(self._key(int(row["tag"])), int(self._items["nbytes"][int(row["tag"])]))
             self._failed("put", row, said, damaged=differs)
         self._check_written(rows[written & (rows["kind"] == Kind.OK)])
@@ -323,7 +325,7 @@ class Mover:
         wrote["flags"] |= rows["flags"] & np.uint8(_COMPARED)
         self.tally.arrived(wrote, int(nbytes[compared].sum()), int(rows["end_ns"].max()))
         keys = [self._objects.name(int(index)) for index in self._index[tags]]
-        self.proven.add(keys, nbytes, self._items["digest_value"][tags])
+        self.proven.add(keys, nbytes, self._items["digest_value"][tags], self._version[tags])
         self._done(tags)
 
     def _failed(self, op: str, row: Any, said: dict[int, Failure], damaged: bool) -> None:

@@ -1,7 +1,7 @@
 """What need not be copied again: what the destination has, and what the journal of an interrupted copy proves.
 
 The journal lies under the results directory, in ``.copy-<16 hex>``, which the source's and the destination's URLs
-choose. Each process appends to two files of its own: ``<rank>.proven``, records of 32 bytes of objects that have
+choose. Each process appends to two files of its own: ``<rank>.proven``, records of 40 bytes of objects that have
 arrived and were verified, and ``<rank>.uploads``, lines of JSON of uploads that were begun. A copy that ends without
 errors removes them.
 """
@@ -13,9 +13,10 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -25,8 +26,9 @@ if TYPE_CHECKING:
     from mlstor.storage.store import Store
     from mlstor.stream.catalog import Objects
 
-#: BLAKE2b-128 of the key, its size in bytes, and the checksum of what was read: 0 if there was none.
-_RECORD = np.dtype([("key", "<u8"), ("more", "<u8"), ("nbytes", "<u8"), ("digest", "<u8")])
+#: BLAKE2b-128 of the key, its size in bytes, the checksum of what was read (0 if there was none), and which version of
+#: the object that was, see `version_of`.
+_RECORD = np.dtype([("key", "<u8"), ("more", "<u8"), ("nbytes", "<u8"), ("digest", "<u8"), ("version", "<u8")])
 _CHUNK = 1 << 16
 
 
@@ -66,6 +68,18 @@ def _walk(objects: Objects) -> Iterator[tuple[bytes, int]]:
             yield names[start - low : start - low + length], size
 
 
+class Proof(NamedTuple):
+    """Of an object that has arrived: the checksum of what was read, and its version; 0 where there was none."""
+
+    digest: int
+    version: int
+
+
+def version_of(etag: bytes) -> int:
+    """A number for an entity tag or, of large objects whose store has none, a checksum; 0 for neither."""
+    return int.from_bytes(hashlib.blake2b(etag, digest_size=8).digest(), "little") if etag else 0
+
+
 class Proven:
     """The journal of a copy.
 
@@ -82,11 +96,14 @@ class Proven:
     ----------
     found : int
         Records of copies that were interrupted.
+    begun_ns : int
+        When this copy began, by this host's clock, ns since 1970: a file that changes later may not be what was read.
     """
 
     def __init__(self, results_dir: str, key: str, rank: int) -> None:
         self.directory = _directory(results_dir, key)
         self.directory.mkdir(parents=True, exist_ok=True)
+        self.begun_ns = time.time_ns()
         self._proven = self.directory / f"{rank}.proven"
         self._uploads = self.directory / f"{rank}.uploads"
         records = [_records(path) for path in sorted(self.directory.glob("*.proven"))]
@@ -115,23 +132,24 @@ class Proven:
         for path in self.directory.glob("*.uploads"):
             path.unlink()
 
-    def knows(self, keys: Sequence[str], sizes: Sequence[int]) -> list[bool]:
-        """Of each object whether an interrupted copy has proved it."""
+    def knows(self, keys: Sequence[str], sizes: Sequence[int]) -> list[Proof | None]:
+        """Of each object what an interrupted copy knew when it had arrived; None if it had not."""
         if not self.found:
-            return [False] * len(keys)
+            return [None] * len(keys)
         asked = _hashes(keys)
         at = np.minimum(np.searchsorted(self._known["key"], asked[:, 0]), self.found - 1)
         near = self._known[at]
         same = (near["key"] == asked[:, 0]) & (near["more"] == asked[:, 1])
-        result: list[bool] = (same & (near["nbytes"] == np.array(sizes, np.uint64))).tolist()
-        return result
+        same &= near["nbytes"] == np.array(sizes, np.uint64)
+        columns = (same.tolist(), near["digest"].tolist(), near["version"].tolist())
+        return [Proof(digest, version) if known else None for known, digest, version in zip(*columns, strict=True)]
 
-    def add(self, keys: Sequence[str], sizes: Any, digests: Any) -> None:
+    def add(self, keys: Sequence[str], sizes: Any, digests: Any, versions: Any) -> None:
         """These have arrived and were verified; written down by `save`."""
         made = np.empty(len(keys), _RECORD)
         hashes = _hashes(keys)
         made["key"], made["more"] = hashes[:, 0], hashes[:, 1]
-        made["nbytes"], made["digest"] = sizes, digests
+        made["nbytes"], made["digest"], made["version"] = sizes, digests, versions
         self._new.append(made)
 
     def save(self) -> None:
@@ -140,6 +158,10 @@ class Proven:
             new, self._new = np.concatenate(self._new), []
             with open(self._proven, "ab") as file:
                 file.write(new.tobytes())
+
+    def versions(self, scheme: str, etags: Sequence[bytes]) -> list[int]:
+        """What is kept of the versions that were read: entity tags; of files, when this copy began."""
+        return [self.begun_ns if scheme == "file" else version_of(etag) for etag in etags]
 
     def begun(self, key: str, upload_id: str) -> None:
         """An upload has begun."""

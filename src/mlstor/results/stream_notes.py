@@ -57,6 +57,8 @@ def _streamed(work: StreamWorkload) -> str:
         words.append("token reads, " + ("handles kept" if work.keep_handles else "a file opened per read"))
     words += [text for text in (work.ranges, work.sizes) if text]
     words.append(f"order {work.order}, seed {work.seed}")
+    if work.uneven != "exact":
+        words.append(f"uneven {work.uneven}")
     if work.epoch_scope == "client":
         words.append("each client its own epochs")
     if work.client != "mlstor":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -52,6 +53,27 @@ def server_cache(working_set_bytes: int, server_memory_bytes: int | None, memory
         memory_source=memory_source,
         rule=CACHE_RULE,
     )
+
+
+def distinct_nbytes(read_nbytes: int, all_nbytes: int, draws_of: int | None = None, clients: int = 1) -> int:
+    """Bytes of the distinct objects that were read: all that was, up to one pass; where chance decides, as expected.
+
+    Parameters
+    ----------
+    read_nbytes, all_nbytes
+        That were read, and of all objects, bytes.
+    draws_of
+        Objects that were drawn from with replacement; None without replacement. Each is left out by k draws of n with
+        the probability (1 - 1/n)^k.
+    clients
+        That made passes of their own, independently of one another: 1/clients of the bytes each.
+    """
+    passes = read_nbytes / all_nbytes
+    if draws_of is not None:
+        left_out = math.pow(1 - 1 / draws_of, draws_of * passes)
+    else:
+        left_out = math.pow(1 - min(1.0, passes / clients), clients)
+    return min(read_nbytes, all_nbytes, round(all_nbytes * (1 - left_out)))
 
 
 def judge_network(reports: Sequence[StreamReport]) -> Network:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
 from mlstor.errors import UsageError
-from mlstor.operations import DURABLE, Extent, ReadFile, Step
+from mlstor.operations import DURABLE, Extent, ReadFile, Step, is_leftover
 from mlstor.storage.posix_list import walk
 from mlstor.storage.store import ObjectInfo, Page
 
@@ -123,12 +123,14 @@ class PosixStore:
         Raises
         ------
         OSError
-            ENOENT if there is none, EISDIR for a directory.
+            ENOENT if there is none, EISDIR for a directory, EINVAL for what is neither that nor a file.
         """
         path = self._path(key)
         found = os.stat(path)
         if stat.S_ISDIR(found.st_mode):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+        if not stat.S_ISREG(found.st_mode):
+            raise OSError(errno.EINVAL, "it is no regular file", path)
         return ObjectInfo(found.st_size)
 
     def read(self, key: str, into: Buffer | None = None, offset: int = 0, nbytes: int | None = None) -> bytes | int:
@@ -182,6 +184,23 @@ class PosixStore:
         self._remove_empty(parents)
         if refused:
             raise refused
+
+    def remove_leftovers(self, directory: str) -> int:
+        """Remove what killed writes left below a directory, and the directories that this empties; how many files.
+
+        Raises
+        ------
+        OSError
+            If one can't be removed.
+        """
+        count, parents = 0, set()
+        for above, _, names in os.walk(self._path(directory)):
+            for name in filter(is_leftover, names):
+                os.unlink(os.path.join(above, name))
+                parents.add(os.path.relpath(above, self.path))
+                count += 1
+        self._remove_empty(parents)
+        return count
 
     def transfers(self, *, workers: int = 0, in_flight: int = IN_FLIGHT) -> ObjectFiles:
         """Many files at once, `in_flight` per worker, on an engine of its own; 0 workers is the setting.

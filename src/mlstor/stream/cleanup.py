@@ -52,6 +52,10 @@ def remedy(session: Session) -> str:
         return ""
     words = ["mlstor", "stream", "--clean", session.run_id, *session.options.urls]
     words += [f"--endpoint={session.options.endpoint}"] if session.options.endpoint else []
+    for name, value in session.options.store_options.items():
+        if name not in ("endpoint", "client"):
+            text = {True: "yes", False: "no"}[value] if isinstance(value, bool) else value
+            words += ["-o", f"{name}={text}"]
     return f"; `{shlex.join(words)}` removes it"
 
 

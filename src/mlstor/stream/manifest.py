@@ -136,7 +136,8 @@ def wanted(store: Store, run_id: str) -> Manifest:
 def remove_objects(store: Store, manifest: Manifest, rank: int = 0, size: int = 1) -> int:
     """Remove this rank's part of what a run has written; how many objects that were. The manifest stays.
 
-    Of a run that did not end by itself the store is asked what is there; only names that such a run makes are removed.
+    Of a run that did not end by itself the store is asked what is there; only names that such a run makes are removed,
+    and with them what its killed writes left in a directory, which is no object and not counted.
     """
     if not manifest.ended:
         own = re.compile(re.escape(manifest.run_id) + ("/[0-9a-f]{5}" if manifest.dirs else "") + "/[0-9a-f]{12}")
@@ -145,6 +146,9 @@ def remove_objects(store: Store, manifest: Manifest, rank: int = 0, size: int = 
             keys = [key for key in page.keys if own.fullmatch(key)]
             store.delete(keys)
             count += len(keys)
+        leftovers = getattr(store, "remove_leftovers", None)
+        if rank == 0 and leftovers is not None:
+            leftovers(manifest.run_id)
         return count
     objects = manifest.objects()
     count = 0

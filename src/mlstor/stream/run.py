@@ -13,7 +13,7 @@ from mlstor.results.phase import RankFigures
 from mlstor.results.record import StreamRecord
 from mlstor.results.stream import StreamPhase, StreamProgress, StreamReport, Temperature
 from mlstor.results.stream_merge import merge_stream
-from mlstor.results.stream_verdicts import server_cache
+from mlstor.results.stream_verdicts import distinct_nbytes, server_cache
 from mlstor.runlog import RunLog
 from mlstor.signals import Interrupts
 from mlstor.stream import cleanup, describe, token_run, verdict
@@ -61,7 +61,7 @@ class Runner:
             session.world, live, session.settings.results_dir, session.results_id, stack
         )
         self.phases: list[StreamPhase] = []
-        self._damaged = self._failed = 0
+        self._damaged = self._failed = self._waited = 0
         self._handles: Handles | None = None
 
     def execute(self) -> int:
@@ -86,7 +86,7 @@ class Runner:
             self.log.last_words(error, self._remedy())
             raise
         self._say_kept()
-        return verdict.exit_code(self.world, self.phases, self._failed, self._damaged, sys.stderr)
+        return verdict.exit_code(self.world, self.phases, self._failed, self._damaged, self._waited, sys.stderr)
 
     # -- what `mlstor aisloader` does in its own way --
 
@@ -160,6 +160,8 @@ class Runner:
         self._failed += under_way.tally.failed
         if not under_way.tally.count:  # nothing ended well, and nothing failed for good only for lack of time
             self._failed += under_way.tally.waited
+        else:
+            self._waited += under_way.tally.waited
         self._damaged += under_way.tally.damaged_blocks + under_way.tally.checksum_failures
         self.log.finished(report)
         gathered = world.gather(report.encode())
@@ -183,7 +185,15 @@ class Runner:
         """Whether the servers' memory may have answered: by the distinct bytes that were read."""
         read = sum(one.nbytes for name, one in phase.ops.items() if name.startswith("get"))
         memory, source = self.session.server_memory
-        phase.server_cache = server_cache(min(read, reads.epoch_nbytes or read), memory, source)
+        options, epoch_nbytes = self.session.options, reads.epoch_nbytes
+        if epoch_nbytes:
+            read = distinct_nbytes(
+                read,
+                epoch_nbytes,
+                draws_of=len(reads.ranges.objects) if options.order == "replacement" else None,
+                clients=self.session.group.size if options.epoch_scope == "client" else 1,
+            )
+        phase.server_cache = server_cache(read, memory, source)
 
     def _note_written(self, workload: Workload, ended: bool) -> None:
         cleanup.note_written(self.session, workload.writes, ended)

@@ -97,12 +97,19 @@ def cached(session: Session, reads: bool) -> Cached:
     return Cached(verdict="unknown", how=f"not known to be direct ({found['reason']})")
 
 
-def exit_code(world: World, phases: Sequence[StreamPhase], failed: int, damaged: int, err: TextIO) -> int:
-    """The run's exit code on every process: 3 for damage, 1 for transfers that failed, else 0; process 0 says why."""
-    said = [json.loads(text) for text in world.allgather(json.dumps([failed, damaged]).encode())]
-    all_failed, all_damaged = (sum(column) for column in zip(*said, strict=True))
+def exit_code(world: World, phases: Sequence[StreamPhase], failed: int, damaged: int, waited: int, err: TextIO) -> int:
+    """The run's exit code on every process: 3 for damage, 1 for transfers that failed, else 0; process 0 says why.
+
+    `waited` are those that had failed and were to be tried again when the time was over: they are told, and no failure
+    where others ended well.
+    """
+    said = [json.loads(text) for text in world.allgather(json.dumps([failed, damaged, waited]).encode())]
+    all_failed, all_damaged, all_waited = (sum(column) for column in zip(*said, strict=True))
     if world.rank == 0:
         lines = [text for text in (_damage_line(phases), _failure_line(phases, all_failed)) if text]
+        if all_waited:
+            text = f"{plural(all_waited, 'transfer')} had failed and waited to be tried again when the time was over"
+            lines.append(f"{text} ({_retried(phases)})")
         for text in lines:
             err.write(f"mlstor: {text}\n")
     return 3 if all_damaged else 1 if all_failed else 0
@@ -117,6 +124,10 @@ def _damage_line(phases: Sequence[StreamPhase]) -> str:
     return f"{plural(blocks, 'damaged block')} of 4 KiB: {first.file}: {damage_text(first)}{more}"
 
 
+def _retried(phases: Sequence[StreamPhase]) -> str:
+    return ", ".join(sorted({word for phase in phases for one in phase.ops.values() for word in one.retried_by}))
+
+
 def _failure_line(phases: Sequence[StreamPhase], failed: int) -> str:
     if not failed:
         return ""
@@ -124,10 +135,9 @@ def _failure_line(phases: Sequence[StreamPhase], failed: int) -> str:
     for word, count in (pair for phase in phases for one in phase.ops.values() for pair in one.errors.items()):
         counts[word] = counts.get(word, 0) + count
     if not counts:
-        words = sorted({word for phase in phases for one in phase.ops.values() for word in one.retried_by})
         return (
             f"nothing ended well: {plural(failed, 'transfer')} had failed and waited to be tried again when the time "
-            f"was over ({', '.join(words)})"
+            f"was over ({_retried(phases)})"
         )
     text = f"{plural(failed, 'transfer')} failed ({', '.join(f'{count:,} {word}' for word, count in counts.items())})"
     first = next((one for phase in phases for one in phase.failures), None)
