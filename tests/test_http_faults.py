@@ -241,6 +241,13 @@ def test_a_retry_starts_where_the_transfer_did(server, engine, name):
     assert server.paths().count(f"/redirect/307/busy/1/503/10/{name}") == 2
 
 
+def test_a_control_answer_is_bounded(engine):
+    with pytest.raises(OSError, match="64 MiB") as caught:
+        engine.request(0, "GET", f"object/{(64 << 20) + 1}")
+    assert caught.value.errno == errno.EMSGSIZE
+    assert len(engine.request(0, "GET", f"object/{64 << 20}").body) == 64 << 20
+
+
 # ---- no connection ----
 
 

@@ -402,7 +402,7 @@ def options(*words: str, **fields: Any) -> Any:
     tokens.add_options(parser)
     others = {
         "profile": None,
-        "seed": 0,
+        "seed": None,
         "rate": None,
         "workers": None,
         "in_flight": None,
@@ -433,6 +433,9 @@ def test_the_olmo_profile_paces_each_node_and_knows_what_p99_may_be() -> None:
     assert (tokens.threads_of(given, 0, 1), tokens.threads_of(given, 63, 64)) == (32, 1)
     assert tokens.threads_of(options(), 0, 1) is None
     assert tokens.rate_of_all(given, hosts=3) == 30_000
+    of_zero = options(profile="olmo-1b", seed=0)
+    tokens.apply(of_zero)
+    assert of_zero.seed == 0
     assert tokens.p99_goal_ns(8 * 4 * 3, 30_000) == 3_200_000
     faster = options("--rate-per-node", "20000", "--handles", "kept", profile="olmo-1b", in_flight=16)
     assert tokens.apply(faster) == Tokens("kept", 512, 4096)

@@ -162,7 +162,7 @@ def _reads(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--order", choices=("permutation", "sequential", "replacement"), default="permutation",
                        help="of the objects of an epoch (permutation)")  # fmt: skip
-    group.add_argument("--seed", type=types.count, default=0, metavar="N", help="of the order and of all draws (0)")
+    group.add_argument("--seed", type=types.count, metavar="N", help="of the order and of all draws (0)")
     group.add_argument("--epoch-scope", choices=("world", "client"), default="world",
                        help="one pass by all ranks together, or by each (world)")  # fmt: skip
     group.add_argument("--uneven", choices=("exact", "drop", "pad"), default="exact",
@@ -289,6 +289,7 @@ def parse(argv: list[str]) -> Options:
     if given.profile is None and (given.nodes or given.gpus or given.loaders):
         raise UsageError("--nodes, --gpus and --loaders belong to --profile: say --in-flight, or which profile")
     given.tokens = tokens.apply(given)
+    given.seed = given.seed or 0
     apply(given)
     _share_out(given)
     _check(given)

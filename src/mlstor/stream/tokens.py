@@ -93,7 +93,7 @@ def apply(given: Any) -> Tokens | None:
     if given.profile == PROFILE:
         given.pattern = "tokens"
         given.handles = given.handles or OLMO_1B.handles
-        given.seed = given.seed or OLMO_1B.seed
+        given.seed = OLMO_1B.seed if given.seed is None else given.seed
         given.workers = given.workers or 1
         if given.rate is None and given.rate_per_node is None:
             given.rate_per_node = float(OLMO_1B.reads_per_s)

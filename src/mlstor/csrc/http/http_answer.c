@@ -167,7 +167,12 @@ size_t mls_http_on_body(char *data, size_t one, size_t n, void *user)
         return n;
     }
     if (slot->sink == MLS_SINK_CALL) {
-        if (mls_bytes_add(&slot->job->call->answer_body, data, n))
+        mls_bytes *body = &slot->job->call->answer_body;
+        if (n > MLS_HTTP_CALL_BYTES - body->n) {
+            mls_http_verdict(slot, MLS_KIND_OTHER, -EMSGSIZE, "the answer has more than 64 MiB, which is no listing's page");
+            return 0;
+        }
+        if (mls_bytes_add(body, data, n))
             return n;
         mls_http_verdict(slot, MLS_KIND_SYSTEM, -ENOMEM, "no memory for the answer");
         return 0;

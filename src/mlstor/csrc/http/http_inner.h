@@ -20,6 +20,7 @@
 #define MLS_HTTP_CALL_SLOTS 8 /* per worker, for control requests: a listing asks for as many at once */
 #define MLS_HTTP_MOST_REDIRECTS 5
 #define MLS_HTTP_ERROR_BYTES 1024 /* of a refusal's body that are looked at */
+#define MLS_HTTP_CALL_BYTES ((size_t)64 << 20) /* of a control answer: a page of a listing takes 1 to 20 MB */
 #define MLS_BLOCK_BYTES 4096u
 #define MLS_NEVER UINT64_MAX
 
