@@ -20,6 +20,7 @@ from mlstor.operations import Extent, Late, ReadFile, Step, WriteFile
 ORACLES: dict[str, Callable[[bytes], int]] = {
     "crc32": zlib.crc32,
     "crc32c": google_crc32c.value,
+    "crc32+crc32c": lambda data: google_crc32c.value(data) << 32 | zlib.crc32(data),
     "xxh64": xxhash.xxh64_intdigest,
 }
 QUICK = Step.RENAME

@@ -225,7 +225,9 @@ def test_what_lies_outside_the_buffer_is_refused(engine: Engine, tmp_path: Path)
     assert files.outstanding == 0
 
 
-@pytest.mark.parametrize(("digest", "name"), [(Digest.CRC32C, "crc32c"), (Digest.XXH64, "xxh64")])
+@pytest.mark.parametrize(
+    ("digest", "name"), [(Digest.CRC32C, "crc32c"), (Digest.CRC32, "crc32"), (Digest.XXH64, "xxh64")]
+)
 def test_digests_of_what_was_read(engine: Engine, tmp_path: Path, digest: Digest, name: str) -> None:
     keys, contents = make(tmp_path)
     files = ObjectFiles(engine, tmp_path)

@@ -45,7 +45,9 @@ def test_files_are_written_whole_with_the_directories_that_they_need(
         assert leftovers(directory) == []
 
 
-@pytest.mark.parametrize(("digest", "value"), [(Digest.CRC32C, 0), (Digest.XXH64, 0xEF46DB3751D8E999)])
+@pytest.mark.parametrize(
+    ("digest", "value"), [(Digest.CRC32C, 0), (Digest.CRC32, 0), (Digest.XXH64, 0xEF46DB3751D8E999)]
+)
 def test_an_empty_file_has_the_digest_of_no_bytes(engine: Engine, tmp_path: Path, digest: Digest, value: int) -> None:
     files = ObjectFiles(engine, tmp_path)
     written = run(files, ["empty"], Op.WRITE, pattern=Pattern(1), memory=Memory.PATTERN, nbytes=0, digest=digest)

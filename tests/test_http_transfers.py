@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator
 
 import google_crc32c
@@ -136,7 +137,8 @@ def test_a_damaged_block_is_counted_once_wherever_the_pieces_of_the_body_end(eng
 
 
 @pytest.mark.parametrize(
-    ("digest", "of"), [(Digest.CRC32C, crc32c), (Digest.XXH64, lambda d: xxhash.xxh64(d).intdigest())]
+    ("digest", "of"),
+    [(Digest.CRC32C, crc32c), (Digest.CRC32, zlib.crc32), (Digest.XXH64, lambda d: xxhash.xxh64(d).intdigest())],
 )
 def test_digests_are_those_of_the_bytes(engine, server, digest, of):
     want = of(body_of(200_001))
@@ -166,6 +168,20 @@ def test_s3_checksums_are_asked_for_sent_and_compared(engine, server):
     run_one(engine, "put/c", buffer=body_of(9000), endpoint=endpoint, op=Op.WRITE, memory=Memory.BUFFER, nbytes=9000,
             digest=Digest.CRC32C)  # fmt: skip
     assert server.requests[-1].headers["x-amz-checksum-crc32c"] == good
+
+
+@pytest.mark.parametrize("dialect", ["s3", "ais"])
+def test_a_crc32_is_computed_and_stays_here(engine, server, dialect):
+    endpoint, body = engine.endpoint(server.url, dialect=dialect), body_of(9000)
+    server.extra = {"x-amz-checksum-crc32c": s3_crc(1), "Ais-Checksum-Type": "crc32c", "Ais-Checksum-Value": "00000001"}
+    done = run_one(engine, "object/9000", endpoint=endpoint, digest=Digest.CRC32)
+    assert (done["kind"], done["flags"] & 2, done["digest_value"]) == (Kind.OK, 0, zlib.crc32(body))
+    assert "x-amz-checksum-mode" not in server.requests[-1].headers
+    server.extra = {}
+    done = run_one(engine, "put/e", buffer=body, endpoint=endpoint, op=Op.WRITE, memory=Memory.BUFFER, nbytes=9000,
+                   digest=Digest.CRC32)  # fmt: skip
+    assert done["digest_value"] == zlib.crc32(body)
+    assert not [name for name in server.requests[-1].headers if "checksum" in name.lower()]
 
 
 def test_aistore_checksums_are_sent_and_compared_but_for_ranges(engine, server):

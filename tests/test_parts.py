@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import time
+import zlib
 from typing import Any
 
 import google_crc32c
@@ -115,6 +116,26 @@ def test_a_large_range_is_read_in_aligned_ranges(rig: Rig, offset: int, nbytes: 
     assert starts[0] == offset
     assert all(start % PART == 0 for start in starts[1:])
     assert len(starts) > 3
+
+
+def test_a_crc32_of_a_whole_read_in_ranges_is_compared_with_the_one_given(rig: Rig) -> None:
+    content = noise(9 * PART + 17)
+    rig.store.objects["o"] = content
+    want = zlib.crc32(content)
+    for expected, kind in ((want, Kind.OK), (want ^ 1, Kind.CHECKSUM)):
+        (done,) = run(
+            rig.transfers,
+            Op.READ,
+            ["o"],
+            bytearray(len(content)),
+            object_nbytes=len(content),
+            room=len(content),
+            digest=Digest.CRC32,
+            flags=1,
+            digest_value=expected,
+        )
+        assert done["kind"] == kind
+    assert rig.transfers.failures()[-1].message == f"CRC32 is {want:08x}, should be {want ^ 1:08x}"
 
 
 def test_what_cannot_be_split_is_not(rig: Rig) -> None:

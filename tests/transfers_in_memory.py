@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import threading
 import time
+import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -100,6 +101,8 @@ class InMemory:
             done["object_nbytes"] = len(self.objects[key])
         if record["digest"] == Digest.CRC32C:
             done["digest_value"] = google_crc32c.value(bytes(body))
+        elif record["digest"] == Digest.CRC32:
+            done["digest_value"] = zlib.crc32(body)
         done["result"], done["status"] = len(body), 200
         done["etag"] = f"etag of {len(body)}" if query else "etag"
         return done

@@ -2,7 +2,10 @@
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
 cdef extern from "digest.h" nogil:
-    enum: MLS_DIGEST_NONE, MLS_DIGEST_CRC32, MLS_DIGEST_CRC32C, MLS_DIGEST_XXH64
+    enum: MLS_DIGEST_NONE, MLS_DIGEST_CRC32, MLS_DIGEST_CRC32C, MLS_DIGEST_XXH64, MLS_DIGEST_CRC32_CRC32C
+    bint mls_digest_combines(int alg)
+    uint64_t mls_crc(int alg, uint64_t crc, const void *p, size_t n)
+    uint64_t mls_crc_shift(int alg, uint64_t crc, uint64_t nbytes)
     const char *mls_digest_impl(int alg)
 
 cdef extern from "pattern.h" nogil:
@@ -102,6 +105,7 @@ cdef extern from "operation.h" nogil:
         uint64_t file_nbytes, block_bytes
         int direct_mode
         bint serial, has_late
+        uint64_t bytes_per_s
         mls_extent *extents
         size_t nextents, ngroups
         uint64_t *tags

@@ -211,7 +211,7 @@ cdef class Engine:
         steps : Step
             By default `DURABLE`: preallocate, write, fdatasync, rename, fsync the directory.
         **options
-            As for `WriteFile`: nbytes, block_bytes, direct, serial.
+            As for `WriteFile`: nbytes, block_bytes, direct, serial, bytes_per_s.
 
         Returns
         -------

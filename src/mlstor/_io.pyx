@@ -40,7 +40,7 @@ cdef int64_t TICK_NS = 100_000_000  # how long a wait lasts before signals are l
 cdef dict MODES = {"auto": MLS_MODE_AUTO, "require": MLS_MODE_REQUIRE, "off": MLS_MODE_OFF}
 cdef dict BACKENDS = {"auto": MLS_BACKEND_AUTO, "io_uring": MLS_BACKEND_URING, "threads": MLS_BACKEND_THREADS}
 cdef dict DIGESTS = {None: MLS_DIGEST_NONE, "crc32": MLS_DIGEST_CRC32, "crc32c": MLS_DIGEST_CRC32C,
-                     "xxh64": MLS_DIGEST_XXH64}
+                     "xxh64": MLS_DIGEST_XXH64, "crc32+crc32c": MLS_DIGEST_CRC32_CRC32C}
 cdef dict PATHS = {MLS_PATH_BUFFERED: "no", MLS_PATH_DIRECT: "yes", MLS_PATH_UNVERIFIED: "unverified"}
 cdef object MOST_FILE_BYTES = (1 << 63) - (1 << 31)  # off_t, less what rounding up to a block adds
 TIMINGS = ("read", "write", "sync", "open", "commit")
@@ -51,6 +51,7 @@ _engines = weakref.WeakSet()
 
 
 include "_memory.pxi"
+include "_digest.pxi"
 include "_request.pxi"
 include "_engine.pxi"
 include "_ranges.pxi"

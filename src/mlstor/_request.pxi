@@ -56,6 +56,10 @@ cdef class Request:
         self.op.block_bytes = operation.block_bytes or min(settings.block_bytes, engine.settings.slot_nbytes())
         self.op.direct_mode = MODES[direct]
         self.op.serial = operation.serial
+        if writing:
+            if operation.bytes_per_s < 0:
+                raise ValueError(f"bytes_per_s is not negative: {operation.bytes_per_s}")
+            self.op.bytes_per_s = operation.bytes_per_s
         if self.op.block_bytes > engine.settings.slot_nbytes():
             raise ValueError(f"block_bytes={self.op.block_bytes} exceeds the engine's {engine.settings.slot_nbytes()}")
         for i, extent in enumerate(extents):
@@ -71,7 +75,7 @@ cdef class Request:
         if offset + nbytes > MOST_FILE_BYTES:
             raise ValueError(f"an extent ends at {offset + nbytes}, beyond the greatest file offset")
         if extent.digest not in DIGESTS:
-            raise ValueError(f"a digest is crc32, crc32c or xxh64, not {extent.digest!r}")
+            raise ValueError(f"a digest is crc32, crc32c, crc32+crc32c or xxh64, not {extent.digest!r}")
         out.offset, out.nbytes, out.digest = offset, nbytes, DIGESTS[extent.digest]
         out.group = group
         if isinstance(data, Pattern):

@@ -62,7 +62,8 @@ class Extent(NamedTuple):
     nbytes: int
     #: write: a buffer, a Pattern or a Late. Read: a writable buffer, a Pattern to compare with, or None to drop.
     data: Any = None
-    #: "crc32", "crc32c" or "xxh64", computed in the worker; xxh64 does not combine and makes the operation serial
+    #: "crc32", "crc32c", both at once as "crc32+crc32c" (crc32c << 32 | crc32), or "xxh64", computed in the worker;
+    #: xxh64 does not combine and makes the operation serial
     digest: str | None = None
     #: extents of one group are digested as one sequence, in the order of the list
     group: int = 0
@@ -82,6 +83,8 @@ class WriteFile(NamedTuple):
     direct: str | None = None
     #: one worker, in file order
     serial: bool = False
+    #: at most so many bytes/s on an average, and a block per worker ahead of that; 0: as fast as it goes
+    bytes_per_s: int = 0
 
 
 class ReadFile(NamedTuple):

@@ -149,6 +149,50 @@ static void test_small_extents_digests_and_late_bytes(const mls_config *config, 
     mls_engine_free(engine);
 }
 
+/* ---- large extents that lie right, late bytes before each ---- */
+
+static void test_large_extents_beside_late_bytes(const mls_config *config, int direct_mode)
+{
+    enum { RECORDS = 5, NBYTES = (1 << 20) + 333, STRIDE = (1 << 20) + 3 * 4096 };
+    mls_engine *engine = engine_of(config);
+    unsigned char *memory = aligned_alloc(4096, RECORDS * STRIDE), *want = calloc(1, RECORDS * STRIDE);
+    mls_op *op = op_of(MLS_OP_WRITE, path_of(dir, "records", 0), 2 * RECORDS, 1, direct_mode);
+    CHECK(memory && want);
+    late l = {.op = op};
+    uint64_t crc = 0;
+    for (unsigned i = 0; i < RECORDS; i++) {
+        uint64_t begin = (uint64_t)i * STRIDE + 4096 + 64;
+        extent_of(op, 2 * i, begin - 64, 16, NULL);
+        op->extents[2 * i].kind = MLS_EXTENT_LATE;
+        stuff(memory + begin, begin, NBYTES, i);
+        memcpy(want + begin, memory + begin, NBYTES);
+        extent_of(op, 2 * i + 1, begin, NBYTES, memory + begin); /* memory is as the file */
+        op->extents[2 * i + 1].digest = MLS_DIGEST_CRC32_CRC32C;
+        crc = mls_crc(MLS_DIGEST_CRC32_CRC32C, crc, memory + begin, NBYTES);
+    }
+    op->file_nbytes = RECORDS * STRIDE;
+    op->has_late = true;
+    op->late = supply;
+    op->user = &l;
+    seal_and_submit(engine, op);
+    CHECK(mls_engine_wait(engine, op, -1));
+    CHECK(op->result.error == 0 && l.calls == 1 && mls_op_digest(op, 0) == crc);
+    for (unsigned i = 0; i < RECORDS; i++) {
+        memcpy(want + (uint64_t)i * STRIDE + 4096, &crc, 8);
+        memcpy(want + (uint64_t)i * STRIDE + 4096 + 8, &crc, 8);
+    }
+    check_file(path_of(dir, "records", 0), want, RECORDS * STRIDE);
+    CHECK(op->result.zero_copy_bytes >= RECORDS * ((uint64_t)NBYTES - 2 * 4096));
+    CHECK(op->result.staged_bytes <= RECORDS * 4 * (uint64_t)4096);
+    for (size_t i = 0; i + 1 < op->nunits - op->nlate; i++)
+        CHECK(op->units[i].offset + op->units[i].nbytes <= op->units[i + 1].offset);
+    reap_all(engine);
+    mls_op_unref(op);
+    mls_engine_free(engine);
+    free(memory);
+    free(want);
+}
+
 /* ---- patterns, pause and resume, figures, all while it runs ---- */
 
 typedef struct meddler {
@@ -442,6 +486,7 @@ int main(int argc, char **argv)
             mls_config config = config_of(backends[b], 3, 4, 64 * KIB);
             test_files_come_back_byte_for_byte(&config, mode);
             test_small_extents_digests_and_late_bytes(&config, mode);
+            test_large_extents_beside_late_bytes(&config, mode);
             test_patterns_survive_pauses_and_lookers_on(&config, mode);
             test_cancelled_writes_leave_nothing(&config, mode);
             test_an_engine_ends_with_work_in_it(&config, mode);

@@ -229,7 +229,11 @@ static void test_crc_of_a_whole_from_its_parts(void)
         CHECK(mls_crc32c(mls_crc32c(0, bytes, a), bytes + a, b) == mls_crc32c(0, bytes, NBYTES));
     }
     /* far shifts add up */
-    const uint32_t far_once = mls_crc_shift(MLS_DIGEST_CRC32, 0x12345678, (1ull << 40) + 12345);
+    const uint64_t both = mls_crc(MLS_DIGEST_CRC32_CRC32C, 0, bytes, 5000);
+    CHECK(both == ((uint64_t)mls_crc32c(0, bytes, 5000) << 32 | mls_crc32(0, bytes, 5000)));
+    CHECK((mls_crc_shift(MLS_DIGEST_CRC32_CRC32C, mls_crc(MLS_DIGEST_CRC32_CRC32C, 0, bytes, 1234), 5000 - 1234) ^
+           mls_crc(MLS_DIGEST_CRC32_CRC32C, 0, bytes + 1234, 5000 - 1234)) == both);
+    const uint64_t far_once = mls_crc_shift(MLS_DIGEST_CRC32, 0x12345678, (1ull << 40) + 12345);
     CHECK(far_once == mls_crc_shift(MLS_DIGEST_CRC32, mls_crc_shift(MLS_DIGEST_CRC32, 0x12345678, 1ull << 40), 12345));
 }
 

@@ -16,6 +16,7 @@ typedef struct mls_core_api {
     void (*pattern_fill)(const mls_pattern *p, void *dst, uint64_t offset, size_t nbytes);
     size_t (*pattern_check)(const mls_pattern *p, const void *src, uint64_t offset, size_t nbytes, mls_damage *out,
                             size_t max, size_t *ndamage);
+    uint32_t (*crc32)(uint32_t crc, const void *p, size_t n);
     uint32_t (*crc32c)(uint32_t crc, const void *p, size_t n);
     void (*xxh64_reset)(mls_xxh64 *x, uint64_t seed);
     void (*xxh64_update)(mls_xxh64 *x, const void *p, size_t n);

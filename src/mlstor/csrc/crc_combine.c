@@ -57,14 +57,17 @@ uint32_t mls_crc_times_bytes(uint32_t poly, uint32_t crc, uint64_t nbytes)
     return crc;
 }
 
-uint32_t mls_crc_shift(int alg, uint32_t crc, uint64_t nbytes)
+uint64_t mls_crc_shift(int alg, uint64_t crc, uint64_t nbytes)
 {
-    assert(alg == MLS_DIGEST_CRC32 || alg == MLS_DIGEST_CRC32C);
+    assert(mls_digest_combines(alg));
     switch (alg) {
     case MLS_DIGEST_CRC32:
-        return mls_crc_times_bytes(MLS_POLY_CRC32, crc, nbytes);
+        return mls_crc_times_bytes(MLS_POLY_CRC32, (uint32_t)crc, nbytes);
     case MLS_DIGEST_CRC32C:
-        return mls_crc_times_bytes(MLS_POLY_CRC32C, crc, nbytes);
+        return mls_crc_times_bytes(MLS_POLY_CRC32C, (uint32_t)crc, nbytes);
+    case MLS_DIGEST_CRC32_CRC32C:
+        return (uint64_t)mls_crc_times_bytes(MLS_POLY_CRC32C, (uint32_t)(crc >> 32), nbytes) << 32 |
+               mls_crc_times_bytes(MLS_POLY_CRC32, (uint32_t)crc, nbytes);
     default:
         return 0;
     }

@@ -162,8 +162,8 @@ const char *mls_files_refusal(const mls_transfer *transfer, const char *names, s
         return refusal;
     if (transfer->op != MLS_TRANSFER_READ && transfer->op != MLS_TRANSFER_WRITE)
         return "its op is none of READ, WRITE, STAT and DELETE";
-    if (transfer->digest > MLS_TRANSFER_XXH64)
-        return "its digest is none of NONE, CRC32C and XXH64";
+    if (transfer->digest > MLS_TRANSFER_CRC32)
+        return "its digest is none of NONE, CRC32C, XXH64 and CRC32";
     if (transfer->offset > MOST_FILE_BYTES ||
         (transfer->nbytes > MOST_FILE_BYTES - transfer->offset &&
          (transfer->nbytes != MLS_WHOLE || transfer->op == MLS_TRANSFER_WRITE)))

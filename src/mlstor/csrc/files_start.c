@@ -67,7 +67,7 @@ static void submit(mls_files *files, mls_op *op, bool first)
 
 static mls_op *make_own_op(mls_batch *batch, size_t member, uint64_t offset, uint64_t nbytes)
 {
-    static const uint8_t digests[] = {MLS_DIGEST_NONE, MLS_DIGEST_CRC32C, MLS_DIGEST_XXH64};
+    static const uint8_t digests[] = {MLS_DIGEST_NONE, MLS_DIGEST_CRC32C, MLS_DIGEST_XXH64, MLS_DIGEST_CRC32};
     static const uint8_t kinds[] = {[MLS_TRANSFER_DROP] = MLS_EXTENT_DROP, [MLS_TRANSFER_BUFFER] = MLS_EXTENT_MEMORY,
                                     [MLS_TRANSFER_PATTERN] = MLS_EXTENT_PATTERN};
     const mls_transfer *transfer = &batch->transfers[member];

@@ -264,6 +264,8 @@ static uint64_t digest_of(int digest, const unsigned char *bytes, size_t nbytes)
     mls_xxh64 xxh64;
     if (digest == MLS_TRANSFER_CRC32C)
         return mls_crc32c(0, bytes, nbytes);
+    if (digest == MLS_TRANSFER_CRC32)
+        return mls_crc32(0, bytes, nbytes);
     mls_xxh64_reset(&xxh64, 0);
     mls_xxh64_update(&xxh64, bytes, nbytes);
     return mls_xxh64_digest(&xxh64);

@@ -56,7 +56,7 @@ typedef struct mls_extent {
 } mls_extent;
 
 typedef struct mls_group {
-    _Atomic uint32_t crc;   /* XOR of shifted pieces */
+    _Atomic uint64_t crc;   /* XOR of shifted pieces */
     uint64_t nbytes;
     uint64_t sealed_offset; /* of the extent last seen by mls_op_seal */
     uint8_t digest;
@@ -112,6 +112,7 @@ typedef struct mls_op {
     uint64_t block_bytes;
     int direct_mode;
     bool serial;            /* one worker, in file order */
+    uint64_t bytes_per_s;   /* WRITE: at most, on an average; 0: no limit */
     bool ordered;           /* processed in file order too: a digest that does not combine */
     mls_extent *extents;
     size_t nextents;
@@ -135,6 +136,7 @@ typedef struct mls_op {
     mls_unit *units;
     size_t nunits, nlate;   /* the last nlate units wait for late bytes */
     _Atomic size_t next, avail, phase_end, remaining;
+    _Atomic uint64_t due_ns; /* with bytes_per_s: no unit is taken before */
     _Atomic int failed;     /* 0, or the first error */
     _Atomic int refs;
     _Atomic int state;

@@ -6,6 +6,10 @@
 
 /* A digest follows its copy in pieces that stay in the second-level cache. */
 #define HOT_BYTES ((uint64_t)256 << 10)
+#define PAGE_BYTES ((uint64_t)4096)
+/* From here on a copy costs more than the two transfers that spare it. */
+#define LARGE_BYTES ((uint64_t)256 << 10)
+#define SHORT_BYTES ((uint64_t)64 << 10)
 
 static uint64_t min_u64(uint64_t a, uint64_t b) { return a < b ? a : b; }
 static uint64_t max_u64(uint64_t a, uint64_t b) { return a > b ? a : b; }
@@ -49,36 +53,103 @@ static int late_units_last(mls_op *op)
     return 0;
 }
 
+/* A stretch of the file, from and to multiples of a page, that is to be cut out. */
+struct stretch {
+    uint64_t begin, end;
+    bool late;
+};
+
+/* Where the extent can be transferred as it lies: its whole pages, if they are many. */
+static bool lies_right(const mls_op *op, const mls_extent *extent, uint64_t page, uint64_t limit, struct stretch *out)
+{
+    uint64_t mem_align = op->file && op->file->direct ? op->file->align.mem_align : 1;
+    if (extent->kind != MLS_EXTENT_MEMORY || extent->nbytes < LARGE_BYTES ||
+        ((uintptr_t)extent->memory - extent->offset) % mem_align)
+        return false;
+    *out = (struct stretch){(extent->offset + page - 1) / page * page,
+                            min_u64(extent->offset + extent->nbytes, limit) / page * page, false};
+    return out->begin < out->end;
+}
+
+/* Adds to the sorted stretches. What lies between them and is short goes with the late pages beside it: it costs less to
+ * copy than a transfer of its own. */
+static size_t add_stretch(struct stretch *all, size_t count, struct stretch next)
+{
+    struct stretch *last = count ? &all[count - 1] : NULL;
+    bool near = last && next.begin < last->end + SHORT_BYTES;
+    if (near && last->late && next.late) {
+        last->end = max_u64(last->end, next.end);
+        return count;
+    }
+    if (near && last->late)
+        last->end = next.begin;
+    else if (near && next.late)
+        next.begin = last->end;
+    all[count] = next;
+    return count + 1;
+}
+
+/* In file order; NULL for want of memory. */
+static struct stretch *find_stretches(const mls_op *op, uint64_t limit, size_t *count)
+{
+    struct stretch *all = malloc((op->nextents + 1) * sizeof *all), next;
+    const mls_alignment *align = op->file ? &op->file->align : NULL;
+    uint64_t page = PAGE_BYTES;
+    if (align)
+        page = max_u64(page, op->kind == MLS_OP_WRITE ? align->offset_align : align->read_offset_align);
+    *count = 0;
+    if (!all || op->nextents < 2 || op->serial)
+        return all;
+    for (size_t i = 0; i < op->nextents; i++) {
+        const mls_extent *extent = &op->extents[i];
+        if (extent->kind == MLS_EXTENT_LATE)
+            next = (struct stretch){extent->offset / page * page,
+                                    (extent->offset + extent->nbytes + page - 1) / page * page, true};
+        else if (!lies_right(op, extent, page, limit, &next))
+            continue;
+        *count = add_stretch(all, *count, next);
+    }
+    return all;
+}
+
 int mls_plan_units(mls_op *op, uint64_t limit)
 {
-    size_t capacity = 0, count = 0;
+    size_t nstretches, count = 0, at = 0;
+    struct stretch *stretches = find_stretches(op, limit, &nstretches);
+    size_t capacity = 2 * nstretches + 1;
     for (size_t i = 0; i < op->nextents; i++)
         capacity += op->extents[i].nbytes / op->block_bytes + 2;
     free(op->units);
-    op->units = malloc((capacity ? capacity : 1) * sizeof *op->units);
+    op->units = malloc(capacity * sizeof *op->units);
     op->nunits = op->nlate = 0;
-    if (!op->units)
+    if (!op->units || !stretches) {
+        free(stretches);
         return -ENOMEM;
-    uint64_t last_block = UINT64_MAX;
+    }
     /* Where nothing need be aligned, the blocks of a serial operation count from its first byte, as a loop's would. */
     uint64_t origin = op->serial && op->nextents && op->file && !op->file->direct ? op->extents[0].offset : 0;
+    uint64_t room_end = 0; /* of the last unit */
     for (size_t i = 0; i < op->nextents; i++) {
         uint64_t position = op->extents[i].offset;
         uint64_t end = min_u64(position + op->extents[i].nbytes, limit);
         while (position < end) {
-            uint64_t block = (position - origin) / op->block_bytes;
-            uint64_t stop = min_u64(end, origin + (block + 1) * op->block_bytes);
-            if (block == last_block) { /* another extent in the block of the last unit */
+            if (position < room_end) { /* another extent beside those of the last unit */
                 mls_unit *unit = &op->units[count - 1];
-                unit->nbytes = (uint32_t)(stop - unit->offset);
+                unit->nbytes = (uint32_t)(min_u64(end, room_end) - unit->offset);
                 unit->nextents = (uint32_t)(i - unit->first_extent + 1);
             } else {
-                op->units[count++] = (mls_unit){position, (uint32_t)(stop - position), (uint32_t)i, 1};
-                last_block = block;
+                while (at < nstretches && stretches[at].end <= position)
+                    at++;
+                uint64_t cut = at == nstretches ? UINT64_MAX
+                                                : position < stretches[at].begin ? stretches[at].begin : stretches[at].end;
+                room_end = min_u64(cut, origin + ((position - origin) / op->block_bytes + 1) * op->block_bytes);
+                uint64_t nbytes = min_u64(end, room_end) - position;
+                op->units[count++] = (mls_unit){position, (uint32_t)nbytes, (uint32_t)i, 1};
             }
-            position = stop;
+            position = min_u64(end, room_end);
         }
     }
+    free(stretches);
     op->nunits = count;
     return op->has_late ? late_units_last(op) : 0;
 }
@@ -95,26 +166,20 @@ void *mls_plan_zero_copy(const mls_op *op, const mls_unit *unit, uint32_t mem_al
 }
 
 /* One piece of one extent goes into its group. `done` bytes of the extent precede it. */
-static void digest_end(mls_op *op, const mls_extent *extent, uint64_t done, uint64_t nbytes, uint32_t crc)
+static void digest_end(mls_op *op, const mls_extent *extent, uint64_t done, uint64_t nbytes, uint64_t crc)
 {
     uint64_t after = extent->group_after + (extent->nbytes - done - nbytes);
-    uint32_t shifted = mls_crc_shift(extent->digest, crc, after);
+    uint64_t shifted = mls_crc_shift(extent->digest, crc, after);
     atomic_fetch_xor_explicit(&op->groups[extent->group].crc, shifted, memory_order_relaxed);
 }
 
-static uint32_t digest_update(mls_op *op, const mls_extent *extent, uint32_t crc, const void *bytes, size_t nbytes)
+static uint64_t digest_update(mls_op *op, const mls_extent *extent, uint64_t crc, const void *bytes, size_t nbytes)
 {
-    switch (extent->digest) {
-    case MLS_DIGEST_CRC32: return mls_crc32(crc, bytes, nbytes);
-    case MLS_DIGEST_CRC32C: return mls_crc32c(crc, bytes, nbytes);
-    case MLS_DIGEST_XXH64: mls_xxh64_update(&op->groups[extent->group].xxh64, bytes, nbytes); return 0;
-    default: return 0;
-    }
-}
-
-static bool combines(const mls_extent *extent)
-{
-    return extent->digest == MLS_DIGEST_CRC32 || extent->digest == MLS_DIGEST_CRC32C;
+    if (mls_digest_combines(extent->digest))
+        return mls_crc(extent->digest, crc, bytes, nbytes);
+    if (extent->digest == MLS_DIGEST_XXH64)
+        mls_xxh64_update(&op->groups[extent->group].xxh64, bytes, nbytes);
+    return 0;
 }
 
 /* Bytes [offset, offset+nbytes) of one extent -> buffer, or only -> digest. */
@@ -123,7 +188,7 @@ static void gather_piece(mls_op *op, const mls_extent *extent, uint64_t offset, 
 {
     uint64_t inside = offset - extent->offset;
     unsigned char scratch[MLS_PATTERN_BLOCK_BYTES];
-    uint32_t crc = 0;
+    uint64_t crc = 0;
     digest = digest && extent->digest != MLS_DIGEST_NONE && extent->kind != MLS_EXTENT_LATE;
     if (!buffer && !digest)
         return;
@@ -144,7 +209,7 @@ static void gather_piece(mls_op *op, const mls_extent *extent, uint64_t offset, 
             crc = digest_update(op, extent, crc, bytes, step);
         done += step;
     }
-    if (digest && combines(extent))
+    if (digest && mls_digest_combines(extent->digest))
         digest_end(op, extent, inside, nbytes, crc);
 }
 
@@ -193,7 +258,7 @@ void mls_plan_scatter(mls_op *op, const mls_unit *unit, const unsigned char *buf
             continue;
         const unsigned char *bytes = buffer + (from - buffer_offset);
         uint64_t inside = from - extent->offset, nbytes = to - from;
-        uint32_t crc = 0;
+        uint64_t crc = 0;
         for (uint64_t done = 0; done < nbytes;) {
             uint64_t step = min_u64(nbytes - done, extent->digest ? HOT_BYTES : nbytes);
             if (extent->kind == MLS_EXTENT_MEMORY && !in_place)
@@ -203,7 +268,7 @@ void mls_plan_scatter(mls_op *op, const mls_unit *unit, const unsigned char *buf
             crc = digest_update(op, extent, crc, bytes + done, step);
             done += step;
         }
-        if (combines(extent))
+        if (mls_digest_combines(extent->digest))
             digest_end(op, extent, inside, nbytes, crc);
     }
 }

@@ -5,8 +5,9 @@
 #include "operation.h"
 
 /* Cuts the sealed extents of `op` into op->units, at multiples of its block size: from the file's begin, or where `op` is
- * serial and not direct, from its own first byte. Bytes from `limit` on (the tail of a
- * direct write, else UINT64_MAX) are left out. Units that hold late bytes come last. 0 or -ENOMEM. */
+ * serial and not direct, from its own first byte. Of several extents a large one that can be transferred as it lies gets
+ * units of its own, and late bytes make no more of their block late than the pages that they lie in. Bytes from `limit` on
+ * (the tail of a direct write, else UINT64_MAX) are left out. Units that hold late bytes come last. 0 or -ENOMEM. */
 int mls_plan_units(mls_op *op, uint64_t limit);
 
 /* The memory from which, or into which, all of `unit` can be transferred as it is, or NULL. `mem_align` and

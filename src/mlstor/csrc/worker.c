@@ -18,7 +18,7 @@
 
 #define REAP_BATCH 64
 #define SMALL_READ_BYTES (16u << 10)
-#define REGION_IDLE_S 1
+#define REGION_IDLE_NS 1000000000u
 
 /* ---- the caller's memory, registered ---- */
 
@@ -45,15 +45,48 @@ static void detach_region(mls_worker *worker)
 
 /* ---- taking ---- */
 
+static uint64_t pace_ns(const mls_op *op, uint64_t nbytes)
+{
+    return (uint64_t)((double)nbytes * 1e9 / (double)op->bytes_per_s);
+}
+
+/* Whether a limit of bytes/s lets a unit be taken now; else the worker is to look again when one may be. */
+static bool is_due(mls_worker *worker, mls_op *op)
+{
+    if (!op->bytes_per_s)
+        return true;
+    uint64_t due = atomic_load(&op->due_ns);
+    if (due <= mls_now_ns())
+        return true;
+    if (due < worker->due_ns)
+        worker->due_ns = due;
+    return false;
+}
+
+/* A unit was taken. What fell behind is caught up with, up to one block. */
+static void charge(mls_op *op, size_t unit)
+{
+    uint64_t cost = pace_ns(op, op->units[unit].nbytes), credit = pace_ns(op, op->block_bytes), now = mls_now_ns();
+    uint64_t earliest = now > credit ? now - credit : 0, due = atomic_load(&op->due_ns), next;
+    do
+        next = (due > earliest ? due : earliest) + cost;
+    while (!atomic_compare_exchange_weak(&op->due_ns, &due, next));
+}
+
 /* The next unit of an operation, if it has one that may be taken now. */
-static bool claim(mls_op *op, size_t *unit)
+static bool claim(mls_worker *worker, mls_op *op, size_t *unit)
 {
     size_t next = atomic_load(&op->next);
-    while (next < atomic_load(&op->avail))
+    while (next < atomic_load(&op->avail)) {
+        if (!is_due(worker, op))
+            return false;
         if (atomic_compare_exchange_weak(&op->next, &next, next + 1)) {
+            if (op->bytes_per_s)
+                charge(op, next);
             *unit = next;
             return true;
         }
+    }
     return false;
 }
 
@@ -97,7 +130,7 @@ static mls_op *search(mls_worker *worker, size_t *unit, bool *opened, bool *ende
         }
         if (op->serial && op->owner && op->owner != worker)
             continue;
-        if (claim(op, unit)) {
+        if (claim(worker, op, unit)) {
             op->owner = worker;
             if (exhausted(op))
                 mls_crew_dequeue_locked(crew, op);
@@ -117,7 +150,7 @@ static bool take(mls_worker *worker, mls_op **op, size_t *unit)
         bool opened, ended;
         mls_op *current = worker->current;
         bool room = worker->in_flight < worker->crew->depth; /* opening may have put syncs in flight */
-        if (room && current && !atomic_load(&current->failed) && claim(current, unit)) {
+        if (room && current && !atomic_load(&current->failed) && claim(worker, current, unit)) {
             *op = current;
             return true;
         }
@@ -242,6 +275,7 @@ static void fill(mls_worker *worker)
     mls_engine *engine = worker->engine;
     mls_op *op;
     size_t unit;
+    worker->due_ns = UINT64_MAX;
     atomic_store(&worker->looking, true); /* before the look at `paused`: see mls_engine_pause */
     while (has_room(worker) && !atomic_load(&engine->paused) && take(worker, &op, &unit))
         transfer(worker, op, unit);
@@ -250,23 +284,23 @@ static void fill(mls_worker *worker)
 
 /* ---- the loop ---- */
 
-/* Waits until something has changed since `seen`. False when the crew is to end. The caller's memory is let go after a
- * while: it may long have been freed. */
+/* Waits until something has changed since `seen`, or a unit is due. False when the crew is to end. The caller's memory is
+ * let go after a while: it may long have been freed. */
 static bool idle(mls_worker *worker, unsigned long seen)
 {
     mls_engine *engine = worker->engine;
     mls_crew *crew = worker->crew;
     int error = 0;
-    struct timespec until;
-    clock_gettime(CLOCK_MONOTONIC, &until);
-    until.tv_sec += REGION_IDLE_S;
+    uint64_t let_go = worker->region_attached ? mls_now_ns() + REGION_IDLE_NS : UINT64_MAX;
+    uint64_t end = worker->due_ns < let_go ? worker->due_ns : let_go;
+    struct timespec until = {(time_t)(end / 1000000000u), (long)(end % 1000000000u)};
     pthread_mutex_lock(&engine->lock);
     while (!crew->stopping && atomic_load(&crew->changes) == seen && !error)
-        error = worker->region_attached ? pthread_cond_timedwait(&crew->work, &engine->lock, &until)
-                                        : pthread_cond_wait(&crew->work, &engine->lock);
+        error = end != UINT64_MAX ? pthread_cond_timedwait(&crew->work, &engine->lock, &until)
+                                  : pthread_cond_wait(&crew->work, &engine->lock);
     bool go_on = !crew->stopping;
     pthread_mutex_unlock(&engine->lock);
-    if (error)
+    if (error && end == let_go)
         detach_region(worker);
     return go_on;
 }

@@ -384,4 +384,4 @@ def _refuse_lost_names(words: Any, names: memoryview) -> None:
 
 def _request(op: int, digest: int) -> int:
     """The column of `Routes`."""
-    return CHECKED_WRITE if op == Op.WRITE and digest != Digest.NONE else op
+    return CHECKED_WRITE if op == Op.WRITE and digest in (Digest.CRC32C, Digest.XXH64) else op

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mlstor._io import crc_combine
 from mlstor.errors import UsageError
-from mlstor.storage import crc32c
 from mlstor.storage.transfers import (
     COMPLETION_DTYPE,
     IN_PARTS,
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 TRANSFERS, COMPLETIONS = np.dtype(TRANSFER_DTYPE), np.dtype(COMPLETION_DTYPE)
 
 _HAS_DIGEST = 1  # TRANSFER_DTYPE's flags
+_COMBINED = {Digest.CRC32C: "crc32c", Digest.CRC32: "crc32"}
 _CONNECTED, _COMPARED = 1, 2  # COMPLETION_DTYPE's flags
 _MIB = 1 << 20
 #: How a call of the store failed, by errno.
@@ -229,7 +230,7 @@ class Parted:
         etags = np.unique(self._done["etag"])
         if self.op is Op.READ and len(etags) > 1:
             self._fail(Kind.OTHER, -errno.EIO, 0, "the object was replaced while it was read in ranges")
-        elif self.digest is Digest.CRC32C and self.record["flags"] & _HAS_DIGEST:
+        elif self.digest in _COMBINED and self.record["flags"] & _HAS_DIGEST:
             self._expect(int(self.record["digest_value"]))
 
     def compare(self, stored: int | None) -> None:
@@ -241,18 +242,18 @@ class Parted:
 
     def _expect(self, expected: int) -> None:
         if (found := self._combined()) != expected:
-            self._fail(Kind.CHECKSUM, -errno.EBADMSG, 0, f"CRC32C is {found:08x}, should be {expected:08x}")
+            self._fail(Kind.CHECKSUM, -errno.EBADMSG, 0, f"{self.digest.name} is {found:08x}, should be {expected:08x}")
 
     def _fail(self, kind: Kind, result: int, status: int, message: str, url: str = "") -> None:
         self._kind, self._result, self._status = kind, result, status
         self.failure = Failure(self.tag, kind, status, url or self.key, message)
 
     def _combined(self) -> int:
-        """CRC32C of the whole, from those of its parts."""
+        """The CRC of the whole, from those of its parts."""
         crcs, sizes = self._done["digest_value"].tolist(), np.diff(self._edges).tolist()
         crc: int = crcs[0]
         for i in range(1, self.count):
-            crc = crc32c.combine(crc, crcs[i], sizes[i])
+            crc = crc_combine(_COMBINED[self.digest], crc, crcs[i], sizes[i])
         return crc
 
     def completion(self, now_ns: int) -> NDArray[Any]:
@@ -294,7 +295,7 @@ class Parted:
         record["etag"] = self.etag.encode() if self.op is Op.WRITE else self._done["etag"][0]
         if self.op is Op.WRITE:
             record["object_nbytes"] = self._nbytes
-        if self.digest is Digest.CRC32C:
+        if self.digest in _COMBINED:
             record["digest_value"] = self._combined()
         return record
 

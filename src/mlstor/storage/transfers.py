@@ -50,6 +50,8 @@ class Digest(IntEnum):
     NONE = 0
     CRC32C = 1
     XXH64 = 2
+    #: zlib's; computed and combined, neither sent to a store nor compared with what one has
+    CRC32 = 3
 
 
 class Kind(IntEnum):

@@ -149,6 +149,8 @@ static bool take_data(mls_http_slot *slot, const uint8_t *data, size_t n)
     }
     if (t->op == MLS_TRANSFER_READ && t->digest == MLS_TRANSFER_CRC32C)
         slot->crc = core->crc32c(slot->crc, data, n);
+    else if (t->op == MLS_TRANSFER_READ && t->digest == MLS_TRANSFER_CRC32)
+        slot->crc = core->crc32(slot->crc, data, n);
     else if (t->op == MLS_TRANSFER_READ && t->digest == MLS_TRANSFER_XXH64)
         core->xxh64_update(&slot->xxh, data, n);
     slot->received += n;
@@ -230,7 +232,7 @@ void mls_http_answer_end(mls_http_slot *slot)
     if (!slot->ranged)
         slot->done.object_nbytes = slot->received;
     slot->done.damaged_blocks = slot->damaged < UINT32_MAX ? (uint32_t)slot->damaged : UINT32_MAX;
-    if (t->digest == MLS_TRANSFER_CRC32C)
+    if (t->digest == MLS_TRANSFER_CRC32C || t->digest == MLS_TRANSFER_CRC32)
         slot->done.digest_value = slot->crc;
     else if (t->digest == MLS_TRANSFER_XXH64)
         slot->done.digest_value = core->xxh64_digest(&slot->xxh);

@@ -175,7 +175,7 @@ static const char *check(mls_http_engine *engine, const mls_transfer *t, const c
         return "its key is empty"; /* the bucket itself would be asked, made or deleted */
     if (!mls_http_is_visible(names + t->query_start, t->query_nbytes))
         return "its query is not escaped";
-    if (t->op > MLS_TRANSFER_DELETE || t->digest > MLS_TRANSFER_XXH64)
+    if (t->op > MLS_TRANSFER_DELETE || t->digest > MLS_TRANSFER_CRC32)
         return "its operation or its digest is unknown";
     if (t->op == MLS_TRANSFER_WRITE && (t->nbytes > INT64_MAX || t->offset > INT64_MAX))
         return "its size is not known";

@@ -84,7 +84,7 @@ static bool checksum_lines(mls_http_slot *slot)
         mls_http_crc_base64((uint32_t)slot->done.digest_value, slot->checksum + strlen(slot->checksum));
         return add_signed_line(slot, "x-amz-checksum-crc32c", slot->checksum);
     }
-    if (dialect != MLS_HTTP_AIS)
+    if (dialect != MLS_HTTP_AIS || t->digest == MLS_TRANSFER_CRC32) /* of which the stores know nothing */
         return true;
     const bool crc = t->digest == MLS_TRANSFER_CRC32C;
     snprintf(slot->checksum_type, sizeof slot->checksum_type, "Ais-Checksum-Type: %s", crc ? "crc32c" : "xxhash2");

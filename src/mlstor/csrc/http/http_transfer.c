@@ -147,6 +147,8 @@ static bool prepare(mls_http_slot *slot)
         slot->done.digest_value = t->digest_value;
     } else if (t->digest == MLS_TRANSFER_CRC32C) {
         slot->done.digest_value = core->crc32c(0, slot->body, t->nbytes);
+    } else if (t->digest == MLS_TRANSFER_CRC32) {
+        slot->done.digest_value = core->crc32(0, slot->body, t->nbytes);
     } else if (t->digest == MLS_TRANSFER_XXH64) {
         core->xxh64_reset(&slot->xxh, 0);
         core->xxh64_update(&slot->xxh, slot->body, t->nbytes);
