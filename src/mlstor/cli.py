@@ -21,6 +21,7 @@ VERBS = {
         "mlstor.copy.cli",
         "copy objects between directories, S3 and AIStore: verified, resumable, measured",
     ),
+    "verify": ("mlstor.verify", "read checkpoints through and compare them with their checksums"),
     "aisloader": ("mlstor.aisloader.cli", "take aisloader's command lines, for AIStore or S3"),
     "clean": ("mlstor.checkpoint.clean", "remove what a checkpoint or stream run left"),
     "mlpstorage": (

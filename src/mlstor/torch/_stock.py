@@ -1,0 +1,183 @@
+"""What of torch itself is called beyond its documented functions; the only module that does so.
+
+`torch.load` has no hook for where bytes come from, so its private `_load` is called with a reader of ours. Written
+against torch 2.13; tests/test_torch_stock.py fails in words when torch changes one of these.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import pickle
+import warnings
+from collections.abc import Iterator, Mapping
+from types import ModuleType
+from typing import Any, Protocol
+
+import torch
+from torch import _weights_only_unpickler, serialization
+
+from mlstor.errors import UsageError
+
+_TRUE = ("1", "y", "yes", "true")
+
+
+class Reader(Protocol):
+    """The part of torch's zip reader that its `_load` uses, and `storage`."""
+
+    def has_record(self, name: str) -> bool: ...
+    def get_record(self, name: str) -> bytes: ...
+    def get_record_offset(self, name: str) -> int: ...
+    def get_storage_from_record(self, name: str, nbytes: int, kind: Any) -> Any: ...
+    def storage(self, name: str, nbytes: int) -> torch.UntypedStorage: ...
+    def serialization_id(self) -> str: ...
+
+
+def rebuild(reader: Reader, map_location: Any, pickle_module: ModuleType | None, arguments: Mapping[str, Any]) -> Any:
+    """The object that `data.pkl` describes, with its storages from `reader`.
+
+    Parameters
+    ----------
+    pickle_module
+        None: torch's restricted unpickler, which runs no code of the file.
+
+    Raises
+    ------
+    pickle.UnpicklingError
+        If the restricted unpickler meets a class that it does not allow.
+    """
+    if pickle_module is not None:
+        return _by_torch(reader, map_location, pickle_module, arguments)
+    try:
+        if is_meta(map_location) or (reader.has_record("byteorder") and reader.get_record("byteorder") != b"little"):
+            return _by_torch(reader, map_location, _weights_only_unpickler, {"encoding": "utf-8"})
+        return _restricted(reader, map_location)
+    except pickle.UnpicklingError as error:
+        raise pickle.UnpicklingError(
+            f"{error}\nWith weights_only=True (the default) only tensors and plain containers are loaded. If you trust "
+            "the file, allow the class with torch.serialization.add_safe_globals([...]), or set weights_only=False"
+        ) from None
+
+
+def _by_torch(reader: Reader, map_location: Any, module: ModuleType, arguments: Mapping[str, Any]) -> Any:
+    load: Any = serialization._load  # Any: torch does not type it
+    with _located(map_location):
+        return load(reader, map_location, module, "data.pkl", None, **arguments)
+
+
+def _restricted(reader: Reader, map_location: Any) -> Any:
+    """What `_by_torch` does with the restricted unpickler, for storages that are filled and need no change.
+
+    torch looks for a FakeTensorMode three times per tensor, a quarter of the time for many small tensors; the caller
+    has looked once.
+    """
+    restore: Any = serialization._get_restore_location(map_location)  # type: ignore[no-untyped-call]
+    typed_storage: Any = torch.storage.TypedStorage
+    known: dict[str, Any] = {}
+
+    def storage_of(reference: tuple[str, Any, str, str, int]) -> Any:
+        _, kind, key, location, numel = reference
+        typed = known.get(key)
+        if typed is None:
+            dtype = torch.uint8 if kind is torch.UntypedStorage else kind.dtype
+            storage = restore(reader.storage(f"data/{key}", numel * dtype.itemsize), location)
+            typed = typed_storage(wrap_storage=storage, dtype=dtype, _internal=True)
+            if numel:  # storages without bytes are no one's alias, as in torch
+                known[key] = typed
+        return typed
+
+    unpickler = _weights_only_unpickler.Unpickler(io.BytesIO(reader.get_record("data.pkl")), encoding="utf-8")
+    vars(unpickler)["persistent_load"] = storage_of
+    with _located(map_location):
+        result = unpickler.load()  # type: ignore[no-untyped-call]
+        torch._utils._validate_loaded_sparse_tensors()  # type: ignore[no-untyped-call]
+    return result
+
+
+@contextlib.contextmanager
+def _located(map_location: Any) -> Iterator[None]:
+    """Tensors that are rebuilt without a storage look here where they belong. torch sets it back only on success."""
+    serialization._serialization_tls.map_location = map_location
+    try:
+        yield
+    finally:
+        serialization._serialization_tls.map_location = None
+
+
+def pickle_module_of(weights_only: bool | None, pickle_module: ModuleType | None) -> ModuleType | None:
+    """The module to unpickle with, or None for the restricted unpickler, by the rules and variables of `torch.load`.
+
+    Raises
+    ------
+    UsageError
+        If arguments or variables contradict each other.
+    """
+    asked = weights_only
+    if weights_only is None:
+        weights_only = pickle_module is None
+    safe = os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "0").lower() in _TRUE
+    unsafe = os.environ.get("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "0").lower() in _TRUE
+    if safe and unsafe:
+        raise UsageError("set only one of TORCH_FORCE_WEIGHTS_ONLY_LOAD and TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD")
+    if safe:
+        weights_only = True
+    elif unsafe and asked is None:
+        warnings.warn("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD is set: weights_only=False", UserWarning, stacklevel=4)
+        weights_only = False
+    if not weights_only:
+        module = pickle_module or pickle
+        serialization._check_dill_version(module)
+        return module
+    if pickle_module is not None:
+        raise UsageError("weights_only=True has its own unpickler: leave pickle_module= out, or set weights_only=False")
+    return None
+
+
+def passes_to_torch() -> bool:
+    """Whether torch's FakeTensorMode or `skip_data` is active: no bytes are to be read then."""
+    return torch._guards.active_fake_mode() is not None or serialization._serialization_tls.skip_data
+
+
+def is_meta(map_location: Any) -> bool:
+    """Whether a `map_location` asks for tensors without bytes."""
+    answer: Any = serialization._is_meta_location
+    return bool(answer(map_location))
+
+
+def maps_by_default() -> bool:
+    """torch's setting for ``mmap=None``."""
+    from torch.utils.serialization import config
+
+    return config.load.mmap
+
+
+def storage_type(storage: Any) -> Any:
+    """The class that a pickle names for an untyped storage."""
+    kind: Any = serialization.normalize_storage_type
+    return kind(type(storage))
+
+
+def location_of(storage: Any) -> str:
+    """The name of a storage's device, as a pickle says it."""
+    tag: Any = serialization.location_tag
+    return str(tag(storage))
+
+
+class Holder:
+    """What `Reader.get_storage_from_record` gives back: torch asks it for its untyped storage."""
+
+    __slots__ = ("_untyped_storage",)
+
+    def __init__(self, storage: torch.UntypedStorage) -> None:
+        self._untyped_storage = storage
+
+    def _typed_storage(self) -> Holder:
+        return self
+
+
+def changed(tensor: torch.Tensor) -> None:
+    """Tell autograd that a tensor's memory was written behind its back."""
+    if tensor.is_inference():  # autograd never looks at these
+        return
+    torch._C._autograd._unsafe_set_version_counter((tensor,), (tensor._version + 1,))

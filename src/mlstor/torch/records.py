@@ -1,0 +1,126 @@
+"""An archive's records as torch's own loader wants them, and the tensors that lie in each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+
+from mlstor.errors import CorruptionError
+from mlstor.torch import _stock, walk
+from mlstor.torch.archive import Archive
+
+
+class Unpickling(NamedTuple):
+    """How `data.pkl` is read."""
+
+    #: None: torch's restricted unpickler, which runs no code of the file
+    module: ModuleType | None
+    #: encoding and the like
+    arguments: Mapping[str, Any]
+
+
+def described_in(archive: Archive) -> list[str]:
+    """The records that torch's loader reads as bytes."""
+    archive.entry("data.pkl")
+    return [record for record in ("data.pkl", "byteorder") if record in archive.directory.entries]
+
+
+class Records:
+    """What torch's loader asks for, from storages that are filled already.
+
+    Parameters
+    ----------
+    archive
+    contents
+        The records of `described_in`.
+    storages
+        By record; none for a load to the meta device.
+    offsets
+        What torch is to note on storages of the meta device.
+    """
+
+    def __init__(
+        self,
+        archive: Archive,
+        contents: Mapping[str, bytes],
+        storages: Mapping[str, torch.UntypedStorage],
+        offsets: Mapping[str, int],
+    ) -> None:
+        self._archive = archive
+        self._contents = contents
+        self._storages = storages
+        self._offsets = offsets
+
+    def has_record(self, name: str) -> bool:
+        # .format_version is left out: torch would calculate offsets by how its own writer places records
+        return name in self._contents
+
+    def get_record(self, name: str) -> bytes:
+        return self._contents[name]
+
+    def get_record_offset(self, name: str) -> int:
+        self._archive.entry(name)
+        return self._offsets[name]
+
+    def storage(self, name: str, nbytes: int) -> torch.UntypedStorage:
+        """The storage that holds a record.
+
+        Raises
+        ------
+        CorruptionError
+            If the file has no such record, or one of another size.
+        """
+        entry = self._archive.entry(name)
+        if entry.nbytes != nbytes:
+            raise CorruptionError(
+                f"{self._archive.name}: a tensor needs {nbytes} bytes of the record {name}, which has {entry.nbytes}"
+            )
+        return self._storages[name]
+
+    def get_storage_from_record(self, name: str, nbytes: int, kind: Any) -> Any:
+        return _stock.Holder(self.storage(name, nbytes))
+
+    def serialization_id(self) -> str:
+        return ""
+
+
+def on_meta(archive: Archive, pickled: bytes, offsets: Mapping[str, int], how: Unpickling) -> Any:
+    """The object with its tensors on the meta device, and `offsets` of their records noted on their storages."""
+    # Without the byte order: torch would swap the bytes that a meta storage does not have
+    return _stock.rebuild(Records(archive, {"data.pkl": pickled}, {}, offsets), "meta", how.module, how.arguments)
+
+
+def outline(archive: Archive, pickled: bytes, how: Unpickling) -> tuple[Any, list[str]]:
+    """The object on the meta device, and the records by number: `walk.record_number` of a tensor."""
+    records = list(archive.directory.entries)
+    numbers = {record: number for number, record in enumerate(records)}
+    return on_meta(archive, pickled, numbers, how), records
+
+
+def owners(archive: Archive, how: Unpickling) -> dict[str, list[str]]:
+    """The names of the tensors in each record; empty if they can't be found out."""
+    try:
+        tree, records = outline(archive, archive.read(["data.pkl"])["data.pkl"], how)
+    except Exception:  # quantized tensors, classes that are not allowed: the caller tells the damage without names
+        return {}
+    found: dict[str, list[str]] = {}
+    for path, leaf in walk.leaves(tree):
+        number = walk.record_number(leaf)
+        if number is not None:
+            found.setdefault(records[number], []).append(path)
+    return found
+
+
+def settle(archive: Archive, damaged: Sequence[str], how: Unpickling, advice: str = "") -> None:
+    """Raise for damaged records, with the names of the tensors that lie in them.
+
+    Raises
+    ------
+    CorruptionError
+        If `damaged` is not empty.
+    """
+    if damaged:
+        raise archive.damage(damaged, {} if "data.pkl" in damaged else owners(archive, how), advice)
