@@ -43,14 +43,20 @@ def _print_plan(options: Options) -> int:
     only = None if options.only_ranks is None else parse_ranks(options.only_ranks, layout.nranks)
     settings = Settings.resolve(block_bytes=options.block_bytes, depth=options.depth, workers=options.workers)
     ranks = range(layout.nranks) if only is None else only
-    largest_nbytes = max((file.nbytes for rank in ranks for file in layout.files(rank)), default=0)
+    if options.via is None:
+        largest_nbytes = max((file.nbytes for rank in ranks for file in layout.files(rank)), default=0)
+        process_nbytes = PROFILES[options.profile].process_nbytes(settings, 1, largest_nbytes)
+    else:
+        from mlstor.checkpoint.via_site import memory_nbytes
+
+        process_nbytes = memory_nbytes(max(map(layout.rank_nbytes, ranks), default=0))
     plan = Plan(
         layout,
         writes=options.writes or 0,
         nhosts=options.hosts or 1,
         how=options.deal,
         only=only,
-        process_nbytes=PROFILES[options.profile].process_nbytes(settings, 1, largest_nbytes),
+        process_nbytes=process_nbytes,
     )
     if options.json:
         print(plan_json(plan))

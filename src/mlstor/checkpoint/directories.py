@@ -66,7 +66,7 @@ class Directories(Site):
             write=bool(self.options.writes),
         )
 
-    def process_nbytes(self, nranks: int, largest_nbytes: int, run_nranks: int) -> int:
+    def process_nbytes(self, nranks: int, largest_nbytes: int, run_nranks: int, own_nbytes: int) -> int:
         return self.profile.process_nbytes(self.settings, nranks, largest_nbytes)
 
     def load(self, target: str, run_id: str) -> Manifest | None:

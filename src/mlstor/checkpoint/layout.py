@@ -140,6 +140,13 @@ class Layout:
             for index, (template, nbytes) in enumerate(self._roles[self._role(rank)])
         ]
 
+    def tensors(self, rank: int) -> list[tuple[Tensor, ...]]:
+        """Of each of `files(rank)` its tensors as they are scaled; together they are the file's bytes."""
+        return [
+            tuple(Tensor(max(1, int(n * self.scale)), itemsize) for n, itemsize in rule.tensors if n)
+            for rule in self.shape.role_files(self.dp, *self._role(rank))
+        ]
+
     def rank_nbytes(self, rank: int) -> int:
         """Bytes that `rank` writes per checkpoint."""
         return self._role_nbytes[self._role(rank)]

@@ -127,7 +127,7 @@ class Objects(Site):
         memory = preflight.check([], host, memory_need_bytes=memory_need_bytes)
         return preflight.Preflight((), memory.memory_need_bytes, memory.memory_left_bytes, tuple(needs))
 
-    def process_nbytes(self, nranks: int, largest_nbytes: int, run_nranks: int) -> int:
+    def process_nbytes(self, nranks: int, largest_nbytes: int, run_nranks: int, own_nbytes: int) -> int:
         write, read = (self.profile.objects(self.settings, op, nranks, run_nranks) for op in ("write", "read"))
         part = write.part_nbytes or max((self._body_nbytes(store) for store in self._stores.values()), default=0)
         sent = write.workers * write.in_flight * min(part, largest_nbytes)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar
 
+from mlstor.checkpoint.via import NAMES
 from mlstor.errors import UsageError
 from mlstor.storage.arguments import add_store_options, store_options
 from mlstor.units import parse_duration, parse_fraction, parse_size
@@ -42,6 +43,7 @@ class Options(argparse.Namespace):
     writes: int | None
     reads: int | None
     profile: Literal["native", "mlperf"]
+    via: str | None
     direct: str | None
     block_bytes: int | None
     depth: int | None
@@ -136,6 +138,11 @@ def parser() -> argparse.ArgumentParser:
         choices=("native", "mlperf"),
         default="native",
         help="native: direct, deep queue, durable; mlperf: the very I/O of MLPerf Storage v3.0 (default native)",
+    )
+    how.add_argument(
+        "--via",
+        choices=NAMES,
+        help="carry the files as a training job would: torch.save, DCP, safetensors, s3torchconnector, mlstor.torch",
     )
     how.add_argument("--direct", choices=("auto", "require", "off"), help="O_DIRECT (auto; mlperf off)")
     how.add_argument(
@@ -235,6 +242,8 @@ def parse(argv: list[str]) -> Options:
             raise UsageError(f"{option} {value} is too low; give {least} or more")
     if given.profile == "mlperf":
         _refuse_beside_mlperf(given)
+    if given.via is not None:
+        _refuse_beside_via(given)
     if given.compressibility > 100:
         raise UsageError(f"--compressibility {given.compressibility} is a percentage: give 0 to 100")
     if given.plan:
@@ -265,6 +274,23 @@ def _refuse_beside_mlperf(given: Options) -> None:
             f"--profile mlperf fixes block, depth, workers and backend, since they are MLPerf's: leave out "
             f"{', '.join(said)}, or use --profile native"
         )
+
+
+def _refuse_beside_via(given: Options) -> None:
+    if given.profile == "mlperf":
+        raise UsageError("--profile mlperf is a way of its own: leave it out, or --via")
+    own = {
+        "--direct": given.direct,
+        "--block": given.block_bytes,
+        "--depth": given.depth,
+        "--workers": given.workers,
+        "--backend": given.backend,
+    }
+    said = [option for option, value in own.items() if value is not None]
+    if said:
+        raise UsageError(f"--via {given.via} decides itself how its bytes move: leave out {', '.join(said)}")
+    if not given.writes:
+        raise UsageError("a run --via reads what it has written itself, for only it knows its tensors: give --writes")
 
 
 def _said(parse_text: Callable[[str], T]) -> Callable[[str], T]:

@@ -235,9 +235,19 @@ def remove_checkpoint(manifest: Manifest, target: str, checkpoint: int) -> tuple
     for name in present:
         if name in own or is_leftover(name):
             with suppress(FileNotFoundError):
-                os.unlink(os.path.join(directory, name))
+                _remove_own(os.path.join(directory, name))
                 removed += 1
     return removed, _remove_directory(directory)
+
+
+def _remove_own(path: str) -> None:
+    """Remove a file of the run, or what ``--via dcp`` has made of one: a directory of files."""
+    if os.path.isdir(path) and not os.path.islink(path):
+        for name in _names(path):
+            os.unlink(os.path.join(path, name))
+        os.rmdir(path)
+    else:
+        os.unlink(path)
 
 
 def remove(manifest: Manifest, target: str) -> tuple[int, list[str]]:

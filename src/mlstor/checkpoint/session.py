@@ -170,7 +170,8 @@ class Session:
     def _preflight(self) -> preflight.Preflight | None:
         """The first process of each host looks; None for the others."""
         world = self.world
-        process = self.site.process_nbytes(len(self.my_ranks), self.largest_nbytes, len(self.ranks))
+        own_nbytes = sum(map(self.layout.rank_nbytes, self.my_ranks))
+        process = self.site.process_nbytes(len(self.my_ranks), self.largest_nbytes, len(self.ranks), own_nbytes)
 
         def look() -> preflight.Preflight | None:
             if world.local_rank != 0:

@@ -72,8 +72,10 @@ class Site(ABC):
         """Refuse what can't be done; see `preflight.check`."""
 
     @abstractmethod
-    def process_nbytes(self, nranks: int, largest_nbytes: int, run_nranks: int) -> int:
-        """Memory of one process of `nranks` logical ranks out of `run_nranks`, with files of up to `largest_nbytes`."""
+    def process_nbytes(self, nranks: int, largest_nbytes: int, run_nranks: int, own_nbytes: int) -> int:
+        """Memory of one process of `nranks` logical ranks out of `run_nranks`, with files of up to `largest_nbytes` and
+        of `own_nbytes` together.
+        """
 
     @abstractmethod
     def load(self, target: str, run_id: str) -> Manifest | None:
@@ -191,7 +193,12 @@ def of(options: Options, settings: Settings, profile: Profile) -> Site:
     UsageError
         If the PATHs are of several kinds, or an option is for another kind.
     """
-    if scheme_of_all(options.paths) == "file":
+    directories = scheme_of_all(options.paths) == "file"
+    if options.via is not None:
+        from mlstor.checkpoint.via_site import ViaDirectories, ViaObjects
+
+        return (ViaDirectories if directories else ViaObjects)(options, settings, profile)
+    if directories:
         from mlstor.checkpoint.directories import Directories
 
         return Directories(options, settings, profile)

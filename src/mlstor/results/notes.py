@@ -68,11 +68,11 @@ def heading(out: Console, record: Record) -> None:
         if work.scale_numerator == work.scale_denominator
         else f", scale {work.scale_numerator}/{work.scale_denominator}"
     )
+    how = f"profile {work.profile}" if work.via is None else f"via {work.via_version}"
     line(
         out,
         "workload",
-        f"{work.model}{scale}, profile {work.profile}: {format_both(work.nbytes)} in "
-        f"{plural(work.nfiles, 'file')} per checkpoint",
+        f"{work.model}{scale}, {how}: {format_both(work.nbytes)} in {plural(work.nfiles, 'file')} per checkpoint",
     )
     line(out, "ranks", work.ranks_meaning)
     surroundings(out, record)

@@ -48,7 +48,8 @@ class Workload(msgspec.Struct, kw_only=True):
     block_bytes is of one write, the largest of any target (each target has its own); depth is the most that
     a worker has in flight; workers are those of one process while it writes; backend is what was asked for
     (a phase's paths have what was used). direct is that of the first target. compressibility_percent is that
-    of the data, which a read-only run finds.
+    of the data, which a read-only run finds. via is what carried the files in place of the profile's own way, with
+    via_version; null without --via.
     """
 
     model: str
@@ -61,6 +62,8 @@ class Workload(msgspec.Struct, kw_only=True):
     only_ranks: list[Count] | None = None
     deal: Literal["blocks", "round-robin"] = "blocks"
     profile: Literal["native", "mlperf"] = "native"
+    via: str | None = None
+    via_version: str | None = None
     writes: Count
     reads: Count
     read_run: str | None = None
