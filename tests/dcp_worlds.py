@@ -62,7 +62,7 @@ def read_bytes() -> int:
 
 
 def reshard(rank: int, root: Path, meshes: dict[int, DeviceMesh]) -> None:
-    """Saved by each world, loaded by each, by mlstor and stock torch on either side."""
+    """Saved by each world and loaded by each; with stock torch on either side, 1 as 4, 2 as 3, 3 as 2, 4 as 1."""
     for saved in range(1, WORLD + 1):
         tensors = whole(saved)
         for kind, writer in (("ours", StorageWriter), ("stock", dcp.FileSystemWriter)):
@@ -75,13 +75,11 @@ def reshard(rank: int, root: Path, meshes: dict[int, DeviceMesh]) -> None:
             if rank >= loaded:
                 continue
             mesh = meshes[loaded]
-            for kind, reader in (
-                ("ours", StorageReader(root / f"ours{saved}")),
-                ("stock", StorageReader(root / f"stock{saved}")),
-                ("ours", dcp.FileSystemReader(root / f"ours{saved}")),
-            ):
-                if kind == "stock" and (saved + loaded) % 2:
-                    continue  # half of them will do
+            readers: list[tuple[str, Any]] = [("ours", StorageReader(root / f"ours{saved}"))]
+            if saved + loaded == WORLD + 1:
+                readers.append(("stock", StorageReader(root / f"stock{saved}")))
+                readers.append(("ours", dcp.FileSystemReader(root / f"ours{saved}")))
+            for kind, reader in readers:
                 state = blank(mesh)
                 with warnings.catch_warnings():
                     # parts of stock items can't be verified; parts of ours can

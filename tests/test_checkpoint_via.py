@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import gc
 import importlib.metadata
+import json
 import os
+import subprocess
+import sys
+from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +22,13 @@ pytest.importorskip("torch")
 import torch
 from servers.weed import Weed, weed
 
+from mlstor._io import Pattern
 from mlstor.checkpoint.layout import Layout
 from mlstor.checkpoint.models import get
-from mlstor.checkpoint.via_carrier import bytes_of
+from mlstor.checkpoint.phase import Chain
+from mlstor.checkpoint.via import route_of
+from mlstor.checkpoint.via_carrier import ViaCarrier, ViaJob, bytes_of, specs_of
+from mlstor.results.phase import PathTaken
 
 __all__ = ["weed"]
 
@@ -83,6 +94,77 @@ def test_damage_that_the_way_lets_through_or_finds_itself_is_told(
     assert "damage" in ran.err.lower() or "not what was written" in ran.err
 
 
+@pytest.mark.parametrize("way", ["torch", "dcp", "safetensors", "mlstor"])
+def test_a_full_disk_is_told_in_a_sentence_whatever_the_way_raises(
+    bench: Bench, way: str, tmpfs_mount: Callable[[int], Path]
+) -> None:
+    layout = Layout(get("llama3-8b"), scale=Fraction(SCALE))
+    specs = specs_of(layout, 0, 1)
+    target = tmpfs_mount(64 << 10)  # a file of 180 KB
+    carrier = ViaCarrier(route_of(way, str(target), {}), "write", PathTaken(backend=way, direct="off", fs_type="tmpfs"))
+    job = ViaJob(str(target / "file"), 183_800, specs, Pattern(1), "write")
+    carrier.submit([job], Chain(0, 1, [[job]]))
+    with pytest.raises(OSError, match="file") as raised:
+        list(carrier.reap(60))
+    carrier.close()
+    code, said = raised.value.errno, str(raised.value)
+    del raised  # with the frames that have torch's file open
+    gc.collect()
+    assert code in (errno.ENOSPC, errno.EIO)
+    assert str(target) in said
+    assert "\n" not in said
+
+
+def test_tensors_of_another_size_or_type_are_damage(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlstor.checkpoint import via
+
+    load = via.Torch.load
+
+    def loses_the_end(route: Any, path: str, specs: Any) -> Any:
+        return {name: tensor[:-1] for name, tensor in load(route, path, specs).items()}
+
+    monkeypatch.setattr(via.Torch, "load", loses_the_end)
+    ran = bench.run("--ranks", "1", "--via", "torch", bench.target)
+    assert ran.code == 3
+    assert "another shape" in ran.err
+
+
+ONCE = """
+import sys
+import torch
+from mlstor.checkpoint.via import Spec, route_of
+
+scratch = sys.argv[1]
+specs = {"a": Spec(300_000, "float32", 0)}
+late = {}
+for name in ("mlstor", "safetensors", "dcp", "torch"):
+    route = route_of(name, scratch, {})
+    route.prepare(scratch)
+    before = set(sys.modules)
+    route.save({"a": torch.ones(300_000)}, f"{scratch}/{name}")
+    route.load(f"{scratch}/{name}", specs)
+    new = [one for one in set(sys.modules) - before if one.split(".")[0] in ("torch", "mlstor", "safetensors")]
+    if new:
+        late[name] = new
+assert not late, late
+"""
+
+
+def test_what_a_way_imports_is_no_part_of_a_phase(tmp_path: Path) -> None:
+    pytest.importorskip("safetensors")
+    subprocess.run([sys.executable, "-c", ONCE, str(tmp_path)], check=True, timeout=60)
+
+
+def test_the_plan_has_the_memory_of_the_way(bench: Bench) -> None:
+    told = [
+        json.loads(bench.run("--plan", "--json", *more, bench.target).out)["memory_bytes_per_process"]
+        for more in ((), ("--via", "torch"))
+    ]
+    layout = Layout(get("llama3-8b"), scale=Fraction(SCALE))
+    assert told[1] >= 2 * layout.rank_nbytes(0) + (200 << 20)
+    assert told[1] != told[0]
+
+
 def test_what_a_run_kept_is_cleaned_directories_of_dcp_too(bench: Bench) -> None:
     bench("--ranks", "1", "--via", "dcp", "--keep", "--run-id", "one")
     assert any(name.endswith(".metadata") for name in bench.files())
@@ -119,8 +201,6 @@ def test_a_missing_package_is_said_with_how_to_get_it(bench: Bench, monkeypatch:
 
 @pytest.mark.parametrize("name", ["llama3-8b", "opt-175b-full"])
 def test_the_tensors_of_a_layout_are_its_files_bytes(name: str) -> None:
-    from fractions import Fraction
-
     layout = Layout(get(name), scale=Fraction(SCALE))
     for rank in (0, layout.nranks - 1):
         sizes = [sum(n * size for n, size in tensors) for tensors in layout.tensors(rank)]

@@ -222,7 +222,8 @@ def test_memory_is_used_again_once_the_copy_is_not_read_any_more() -> None:
     stager = Stager()
     staged = stager.stage({"w": torch.ones(300_000)})
     address = staged["w"].data_ptr()
-    kept = [staged.pop("w")]
+    kept = [staged]
+    del staged
     threading.Timer(0.2, kept.clear).start()
     stager.touch()
     again = stager.stage({"w": torch.zeros(300_000)})

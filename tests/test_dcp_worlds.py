@@ -29,7 +29,7 @@ def test_worlds_load_each_others_checkpoints_share_reads_find_damage_and_save_as
         for rank in range(WORLD)
     ]
     try:
-        outputs = [process.communicate(timeout=150)[0] for process in processes]
+        outputs = [process.communicate(timeout=300)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import os
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -83,6 +85,38 @@ def test_a_restart_goes_on_exactly(directory: Path, workers: int) -> None:
     second.load_state_dict(state)
     assert before + drawn(second) == whole
     assert drawn(second) == whole  # without set_epoch: the same epoch
+
+
+def test_a_restart_after_any_batch_goes_on_exactly(directory: Path) -> None:
+    """Shares of 31 and 30 in batches of 3: workers end with a short batch and with a full one."""
+    first = loaders.StatefulDataLoader(dataset_of(directory), 3, num_workers=2)
+    whole: list[int] = []
+    states = []
+    for batch in first:
+        whole += batch.tolist()
+        states.append((len(whole), first.state_dict()))
+    for done, state in states[-4:]:
+        second = loaders.StatefulDataLoader(dataset_of(directory), 3, num_workers=2)
+        second.load_state_dict(state)
+        assert drawn(second) == whole[done:]
+
+
+def test_an_iteration_stays_at_its_end_and_one_that_is_left_holds_nothing_open(directory: Path) -> None:
+    dataset = dataset_of(directory)
+    ended = iter(dataset)
+    assert len(list(ended)) == COUNT
+    assert next(ended, None) is None
+    gc.collect()
+    gc.disable()  # reference counts alone end what is left early
+    try:
+        open_before = len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
+        for _ in range(3):
+            left = iter(dataset)
+            next(left)
+            del left
+        assert (len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))) == open_before
+    finally:
+        gc.enable()
 
 
 def test_persistent_workers_take_the_epoch_that_is_set(directory: Path) -> None:

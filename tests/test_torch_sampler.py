@@ -33,8 +33,11 @@ pytestmark = [
 class Numbers(Dataset[int]):
     """Samples that are their own numbers."""
 
+    def __init__(self, count: int = N) -> None:
+        self.count = count
+
     def __len__(self) -> int:
-        return N
+        return self.count
 
     def __getitem__(self, index: int) -> int:
         return index
@@ -142,6 +145,40 @@ def test_a_stateful_loader_goes_on_behind_the_last_batch_that_training_got(
     third = loader_of(workers, **options)  # saved at the end of an epoch: the next begins, and none is empty
     third.load_state_dict(second.state_dict())
     assert len(list(batches(third))) == len(whole)
+
+
+@pytest.mark.parametrize(("workers", "cuts"), [(0, range(7)), (1, [6])])
+@pytest.mark.parametrize("count", [21, 24])  # in batches of 4: the last one is short, or full
+@pytest.mark.parametrize("says_epoch", [True, False])
+def test_a_loop_over_epochs_goes_on_in_its_epoch_after_any_batch_the_last_one_too(
+    workers: int, cuts: Any, count: int, says_epoch: bool
+) -> None:
+    def started(state: Any = None) -> tuple[EpochSampler, Any]:
+        sampler = EpochSampler(count, seed=7, rank=0, world_size=1)
+        loader = loaders.StatefulDataLoader(Numbers(count), 4, sampler=sampler, num_workers=workers)
+        if state is not None:
+            loader.load_state_dict(state)
+        return sampler, loader
+
+    for cut in cuts:
+        _, first = started()
+        running = batches(first)
+        seen = [index for _ in range(cut) for index in next(running)]
+        sampler, second = started(first.state_dict())  # while the loop still runs
+        del running, first
+        epochs = []
+        for epoch in range(2):  # the one that was left, and the next
+            if says_epoch:
+                sampler.set_epoch(epoch)
+            epochs.append([index for batch in batches(second) for index in batch])
+        assert sorted(seen + epochs[0]) == sorted(epochs[1]) == list(range(count))
+        assert epochs[1] == list(_at_epoch(count, 1))
+
+
+def _at_epoch(count: int, epoch: int) -> EpochSampler:
+    sampler = EpochSampler(count, seed=7, rank=0, world_size=1)
+    sampler.set_epoch(epoch)
+    return sampler
 
 
 def test_a_state_of_one_world_goes_on_in_another_under_the_loader() -> None:

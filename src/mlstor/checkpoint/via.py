@@ -61,7 +61,7 @@ class Torch:
     steps: tuple[str, ...] = ("write", "fsync")
 
     def prepare(self, path: str) -> None:
-        import torch  # noqa: F401
+        import torch.utils.serialization.config  # noqa: F401
 
     def save(self, state: State, path: str) -> None:
         import torch
@@ -87,7 +87,8 @@ class Dcp:
     def prepare(self, path: str) -> None:
         import torch.distributed.checkpoint.filesystem
         import torch.distributed.checkpoint.state_dict_loader
-        import torch.distributed.checkpoint.state_dict_saver  # noqa: F401
+        import torch.distributed.checkpoint.state_dict_saver
+        import torch.utils.serialization.config  # noqa: F401
 
     def save(self, state: State, path: str) -> None:
         from torch.distributed.checkpoint.filesystem import FileSystemWriter
@@ -142,6 +143,8 @@ class S3TorchConnector:
         self._checkpoints: dict[str, Any] = {}  # by bucket: a client has its threads for as long as it lives
 
     def prepare(self, path: str) -> None:
+        import torch.utils.serialization.config  # noqa: F401
+
         self._checkpoint(path)
 
     def save(self, state: State, path: str) -> None:
@@ -191,6 +194,10 @@ class Mlstor:
         self.steps: tuple[str, ...] = files if scheme == "file" else ("put", "complete")
 
     def prepare(self, path: str) -> None:
+        import torch.utils.serialization.config
+
+        import mlstor.blob.files
+        import mlstor.blob.objects
         import mlstor.torch.loading
         import mlstor.torch.saving  # noqa: F401
 

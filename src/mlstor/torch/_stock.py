@@ -50,7 +50,7 @@ def rebuild(reader: Reader, map_location: Any, pickle_module: ModuleType | None,
     if pickle_module is not None:
         return _by_torch(reader, map_location, pickle_module, arguments)
     try:
-        if is_meta(map_location) or (reader.has_record("byteorder") and reader.get_record("byteorder") != b"little"):
+        if reader.has_record("byteorder") and reader.get_record("byteorder") != b"little":
             return _by_torch(reader, map_location, _weights_only_unpickler, {"encoding": "utf-8"})
         return _restricted(reader, map_location)
     except pickle.UnpicklingError as error:
@@ -67,12 +67,14 @@ def _by_torch(reader: Reader, map_location: Any, module: ModuleType, arguments: 
 
 
 def _restricted(reader: Reader, map_location: Any) -> Any:
-    """What `_by_torch` does with the restricted unpickler, for storages that are filled and need no change.
+    """What `_by_torch` does with the restricted unpickler, for storages that need no change.
 
     torch looks for a FakeTensorMode three times per tensor, a quarter of the time for many small tensors; the caller
     has looked once.
     """
-    restore: Any = serialization._get_restore_location(map_location)  # type: ignore[no-untyped-call]
+    # the reader makes storages of the meta device itself; torch would make new ones of them
+    where = _stays if is_meta(map_location) else map_location
+    restore: Any = serialization._get_restore_location(where)  # type: ignore[no-untyped-call]
     typed_storage: Any = torch.storage.TypedStorage
     known: dict[str, Any] = {}
 
@@ -93,6 +95,10 @@ def _restricted(reader: Reader, map_location: Any) -> Any:
         result = unpickler.load()  # type: ignore[no-untyped-call]
         torch._utils._validate_loaded_sparse_tensors()  # type: ignore[no-untyped-call]
     return result
+
+
+def _stays(storage: torch.UntypedStorage, location: str) -> torch.UntypedStorage:
+    return storage
 
 
 @contextlib.contextmanager

@@ -6,8 +6,8 @@ import copy
 import threading
 import time
 from bisect import bisect_right
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -49,7 +49,7 @@ class Stager:
         if self._caller is not None and thread is not self._caller:
             self._upload = thread
 
-    def stage(self, state: Any) -> Any:
+    def stage(self, state: dict[str, Any]) -> StagedState:
         """A copy of `state`: tensors on the CPU, sharing memory where the originals do; other objects deep-copied."""
         start = time.monotonic()
         spans = _Spans()
@@ -59,7 +59,7 @@ class Stager:
             nbytes = spans.place()
             arena = self._free_arena(nbytes)
             spans.copy_to(arena)
-            staged = _rebuilt(state, spans, arena)
+            staged = StagedState(_packed(state, spans, arena))
         self._caller, self._upload = threading.current_thread(), None
         self._staged_s = time.monotonic()
         self.stall_s = self._staged_s - start
@@ -191,27 +191,65 @@ def _plain_tensors(value: Any) -> Iterator[torch.Tensor]:
         yield from (found for part in value for found in _plain_tensors(part))
 
 
-def _rebuilt(value: Any, spans: _Spans, arena: torch.UntypedStorage) -> Any:
-    """The state again, of copies."""
-    if isinstance(value, torch.Tensor):
-        return _rebuilt_tensor(value, spans, arena)
+class _Wrapper(NamedTuple):
+    """A tensor that is made of others."""
+
+    kind: Any
+    parts: dict[str, Any]
+    context: Any
+    shape: torch.Size
+    strides: tuple[int, ...]
+
+
+class StagedState(dict[str, Any]):
+    """A staged state. It is pickled in parts: torch 2.13 crashes when it pickles a DTensor whose local tensor does not
+    begin where its storage does."""
+
+    def __init__(self, packed: dict[str, Any]) -> None:
+        super().__init__(_unpacked(packed))
+        self._packed = packed
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return StagedState, (self._packed,)
+
+
+def _mapped(value: Any, leaf: Callable[[Any], Any]) -> Any:
+    """Dicts, lists and tuples again, with `leaf` of what is in them."""
     if isinstance(value, dict):
-        return {key: _rebuilt(part, spans, arena) for key, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        parts = [_rebuilt(part, spans, arena) for part in value]
+        return {key: _mapped(part, leaf) for key, part in value.items()}
+    if isinstance(value, (list, tuple)) and not isinstance(value, _Wrapper):
+        parts = [_mapped(part, leaf) for part in value]
         if hasattr(value, "_fields"):  # a named tuple
             return type(value)(*parts)
-        return parts if isinstance(value, list) else tuple(parts)
-    return copy.deepcopy(value)
+        return parts if isinstance(value, list) else type(value)(parts)
+    return leaf(value)
 
 
-def _rebuilt_tensor(tensor: torch.Tensor, spans: _Spans, arena: torch.UntypedStorage) -> Any:
+def _unpacked(value: Any) -> Any:
+    def leaf(found: Any) -> Any:
+        if not isinstance(found, _Wrapper):
+            return found
+        return found.kind.__tensor_unflatten__(_unpacked(found.parts), found.context, found.shape, found.strides)
+
+    return _mapped(value, leaf)
+
+
+def _packed(value: Any, spans: _Spans, arena: torch.UntypedStorage) -> Any:
+    """The state again, of copies."""
+
+    def leaf(found: Any) -> Any:
+        return _packed_tensor(found, spans, arena) if isinstance(found, torch.Tensor) else copy.deepcopy(found)
+
+    return _mapped(value, leaf)
+
+
+def _packed_tensor(tensor: torch.Tensor, spans: _Spans, arena: torch.UntypedStorage) -> Any:
     from torch.distributed._shard.sharded_tensor.api import ShardedTensor
     from torch.distributed._shard.sharded_tensor.shard import Shard
 
     if isinstance(tensor, ShardedTensor):
         shards = [
-            Shard(_rebuilt_tensor(shard.tensor, spans, arena), copy.deepcopy(shard.metadata))
+            Shard(_packed_tensor(shard.tensor, spans, arena), copy.deepcopy(shard.metadata))
             for shard in tensor.local_shards()
         ]
         return ShardedTensor._init_from_local_shards_and_global_metadata(
@@ -221,10 +259,10 @@ def _rebuilt_tensor(tensor: torch.Tensor, spans: _Spans, arena: torch.UntypedSto
         names, context = tensor.__tensor_flatten__()
         parts = {name: getattr(tensor, name) for name in names}
         inner = {
-            name: _rebuilt_tensor(part, spans, arena) if isinstance(part, torch.Tensor) else part
+            name: _packed_tensor(part, spans, arena) if isinstance(part, torch.Tensor) else part
             for name, part in parts.items()
         }
-        return type(tensor).__tensor_unflatten__(inner, context, tensor.shape, tensor.stride())
+        return _Wrapper(type(tensor), inner, context, tensor.shape, tensor.stride())
     if _is_stageable(tensor):
         return spans.view(tensor.detach(), arena)
     return tensor.detach().cpu().clone()

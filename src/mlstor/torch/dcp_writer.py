@@ -195,8 +195,7 @@ class StorageWriter(_StorageWriter):
 
     def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """A copy of the state that training may not disturb; waits until the one before is written."""
-        staged: dict[str, Any] = self._stager.stage(state_dict)
-        return staged
+        return self._stager.stage(state_dict)
 
     def synchronize_staging(self) -> None:
         """Nothing: `stage` has copied when it returns."""

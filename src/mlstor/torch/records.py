@@ -66,7 +66,7 @@ class Records:
         return self._offsets[name]
 
     def storage(self, name: str, nbytes: int) -> torch.UntypedStorage:
-        """The storage that holds a record.
+        """The storage that holds a record; on the meta device, with its offset noted, if there are none.
 
         Raises
         ------
@@ -78,13 +78,21 @@ class Records:
             raise CorruptionError(
                 f"{self._archive.name}: a tensor needs {nbytes} bytes of the record {name}, which has {entry.nbytes}"
             )
-        return self._storages[name]
+        return self._storages[name] if self._storages else _meta_storage(nbytes, self._offsets[name])
 
     def get_storage_from_record(self, name: str, nbytes: int, kind: Any) -> Any:
         return _stock.Holder(self.storage(name, nbytes))
 
     def serialization_id(self) -> str:
         return ""
+
+
+def _meta_storage(nbytes: int, offset: int) -> torch.UntypedStorage:
+    kind: Any = torch.UntypedStorage  # Any: torch types neither its constructor nor the note
+    storage: Any = kind(nbytes, device="meta")
+    storage._checkpoint_offset = offset
+    made: torch.UntypedStorage = storage
+    return made
 
 
 def on_meta(archive: Archive, pickled: bytes, offsets: Mapping[str, int], how: Unpickling) -> Any:

@@ -199,8 +199,8 @@ class _Positions(Iterator[int]):
         return found
 
     def state_dict(self) -> dict[str, Any]:
-        # Whoever asks may still be in the loop, with the epoch's last batch, shorter than others or not: the end of an
-        # epoch, not the beginning of the next, so that a loop over epochs that resumes there counts as the first one did.
+        # Whoever asks may still be in the loop, at the epoch's last batch: so it is the end of this epoch and not the
+        # beginning of the next, and a loop over epochs that goes on there counts as it did.
         share = self._sampler._share
         position = share.n if self._ended else share.position_after(self._base, self._done)
         return self._sampler._state(self._epoch, position)
