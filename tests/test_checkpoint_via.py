@@ -101,7 +101,7 @@ def test_a_full_disk_is_told_in_a_sentence_whatever_the_way_raises(
     layout = Layout(get("llama3-8b"), scale=Fraction(SCALE))
     specs = specs_of(layout, 0, 1)
     target = tmpfs_mount(64 << 10)  # a file of 180 KB
-    carrier = ViaCarrier(route_of(way, str(target), {}), "write", PathTaken(backend=way, direct="off", fs_type="tmpfs"))
+    carrier = ViaCarrier(route_of(way, str(target), {}), "write", PathTaken(backend=way, direct="no", fs_type="tmpfs"))
     job = ViaJob(str(target / "file"), 183_800, specs, Pattern(1), "write")
     carrier.submit([job], Chain(0, 1, [[job]]))
     with pytest.raises(OSError, match="file") as raised:

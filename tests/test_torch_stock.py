@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import io
+import pickle
 import subprocess
 import sys
 from typing import Any
@@ -111,3 +112,47 @@ def test_the_package_needs_torch_only_when_used() -> None:
     with pytest.raises(AttributeError, match="no attribute 'lode'"):
         mlstor.torch.lode  # noqa: B018
     assert mlstor.torch.save.__module__ == "mlstor.torch.saving"
+
+
+def test_the_quick_reduction_of_tensors_is_torchs_own() -> None:
+    """Opcode by opcode, but for the memo's numbers."""
+    import pickletools
+    import zipfile
+    from collections.abc import Iterator
+
+    from mlstor.torch.pickling import describe
+
+    whole = bits(1, torch.float32, (6, 4))
+    state = {
+        "plain": torch.arange(5),
+        "views": [whole, whole[1:3], whole.t(), whole[:, 2], whole.reshape(-1)[3:3]],
+        "parameter": torch.nn.Parameter(torch.ones(2)),
+        "wants a gradient": torch.ones(3, requires_grad=True),
+        "scalar": torch.tensor(2.5, dtype=torch.bfloat16),
+        "bool": torch.tensor([True, False]),
+        "complex": torch.ones(2, dtype=torch.complex64).conj(),
+        "newer": [torch.zeros(4, dtype=torch.float8_e4m3fn), torch.zeros(4, dtype=torch.uint16)],
+        "empty": torch.empty(0, 3),
+    }
+    stock = io.BytesIO()
+    torch.save(state, stock)
+
+    def told(data: bytes) -> Iterator[tuple[str, Any]]:
+        for opcode, argument, _ in pickletools.genops(data):
+            if "PUT" not in opcode.name and opcode.name != "MEMOIZE":
+                yield opcode.name, None if "GET" in opcode.name else argument
+
+    with zipfile.ZipFile(stock) as archive:
+        assert list(told(describe(state).pickle)) == list(told(archive.read("archive/data.pkl")))
+
+
+def test_loaded_tensors_have_hooks_of_their_own() -> None:
+    from mlstor.torch.pickling import describe
+
+    class Storages(pickle.Unpickler):
+        def persistent_load(self, pid: Any) -> Any:
+            return torch.storage.TypedStorage(wrap_storage=torch.UntypedStorage(8), dtype=torch.float32, _internal=True)
+
+    first, second = Storages(io.BytesIO(describe([torch.ones(2), torch.zeros(2)]).pickle)).load()
+    assert first._backward_hooks == {}
+    assert first._backward_hooks is not second._backward_hooks

@@ -194,7 +194,7 @@ class Mlstor:
         self.steps: tuple[str, ...] = files if scheme == "file" else ("put", "complete")
 
     def prepare(self, path: str) -> None:
-        import torch.utils.serialization.config
+        import torch.utils.serialization.config  # noqa: F401
 
         import mlstor.blob.files
         import mlstor.blob.objects

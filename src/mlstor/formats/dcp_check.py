@@ -68,9 +68,13 @@ def _items(pickled: bytes) -> dict[str, list[_Item]]:
     """The items of each data file; ValueError if the pickle is not torch's `Metadata`."""
     root = read_inert(pickled)
     found: dict[str, list[_Item]] = {}
-    for index, info in _state(root, "storage_data").items():
+    storage_data = _state(root, "storage_data")
+    if not isinstance(storage_data, dict):
+        raise ValueError("it is no metadata of torch: 'storage_data' is no dictionary")
+    for index, info in storage_data.items():
         path, offset, nbytes = (_state(info, key) for key in ("relative_path", "offset", "length"))
-        if not isinstance(path, str) or not isinstance(offset, int) or not isinstance(nbytes, int):
+        numbers = all(isinstance(number, int) and number >= 0 for number in (offset, nbytes))
+        if not isinstance(path, str) or "\0" in path or not numbers:
             raise ValueError(f"an item lies at {offset!r} of {path!r}")
         transformed = bool(info.state.get("transform_descriptors"))
         found.setdefault(path, []).append(_Item(str(_state(index, "fqn")), offset, nbytes, transformed))

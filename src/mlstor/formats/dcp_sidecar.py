@@ -155,7 +155,11 @@ def unseal(content: bytes, name: str) -> tuple[bytes, dict[str, str] | None]:
     pickle_nbytes, said_nbytes, crc, _ = _META_END.unpack(content[-_META_END.size :])
     if crc != zlib.crc32(content[:-12]) or pickle_nbytes + said_nbytes + _META_END.size != len(content):
         raise CorruptionError(f"{name}: the metadata are not what was written: their CRC-32 does not match")
-    return content[:pickle_nbytes], dict(json.loads(content[pickle_nbytes : pickle_nbytes + said_nbytes])["sums"])
+    try:
+        ids = dict(json.loads(content[pickle_nbytes : pickle_nbytes + said_nbytes])["sums"])
+    except (ValueError, TypeError, LookupError) as error:  # whoever made it: its CRC-32 is right
+        raise CorruptionError(f"{name}: what mlstor adds to the metadata can't be read: {error}") from None
+    return content[:pickle_nbytes], ids
 
 
 def is_data_file(name: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import zlib
 from collections.abc import Iterator, Sequence
@@ -40,6 +41,8 @@ def check_markers(directory: BlobDirectory, names: Sequence[str]) -> Iterator[Fi
                 raise ValueError("it is of another format")
             data, size = str(said["data"]), int(said["nbytes"])
             offset, crc = int(said["directory_offset"]), int(said["directory_crc32"])
+            if os.path.basename(data) != data or not data.startswith(match[1]):
+                raise ValueError(f"it names {data!r}")
             if not 0 <= offset < size:
                 raise ValueError(f"the zip's directory can't be at {offset} of {size}")
         except (ValueError, TypeError, LookupError) as error:

@@ -237,9 +237,13 @@ def _placed(described: dict[str, Any], data_offset: int, nbytes: int) -> dict[st
         numbers = [*shape, *offsets] if isinstance(shape, list) and isinstance(offsets, list) else [None]
         if not all(type(number) is int and number >= 0 for number in numbers) or len(offsets) != 2:
             raise ValueError(f"tensor {name!r} has the shape {shape!r} and the place {offsets!r}")
-        bits = BITS[dtype] if isinstance(dtype, str) else 0
-        for number in shape:
+        if not isinstance(dtype, str):
+            raise ValueError(f"tensor {name!r} has elements of type {dtype!r}")
+        bits = BITS[dtype]
+        for number in [0] if 0 in shape else shape:
             bits *= number
+            if bits > 8 * nbytes:  # more than the file has; products of more digits take long
+                break
         if bits % 8 or bits // 8 != offsets[1] - offsets[0]:
             raise ValueError(f"tensor {name!r} of {dtype} {shape} lies in {offsets[1] - offsets[0]} bytes")
         found.append(Placed(name, dtype, tuple(shape), bits // 8, data_offset + offsets[0]))

@@ -21,6 +21,8 @@ from torch import _weights_only_unpickler, serialization
 from mlstor.errors import UsageError
 
 _TRUE = ("1", "y", "yes", "true")
+#: What a dense tensor's pickle calls.
+rebuild_tensor: Any = torch._utils._rebuild_tensor_v2
 
 
 class Reader(Protocol):
@@ -138,6 +140,17 @@ def pickle_module_of(weights_only: bool | None, pickle_module: ModuleType | None
     if pickle_module is not None:
         raise UsageError("weights_only=True has its own unpickler: leave pickle_module= out, or set weights_only=False")
     return None
+
+
+def kind_of(dtype: torch.dtype) -> Any:
+    """The class that stands in pickles for storages of a dtype: torch.FloatStorage for float32."""
+    return getattr(torch, torch.storage._dtype_to_storage_type_map()[dtype])
+
+
+def has_own_reduction(tensor: torch.Tensor) -> bool:
+    """Whether a dense tensor of the CPU is pickled otherwise than most: newer dtypes, and lazy conj() and neg()."""
+    metadata: Any = torch._utils.get_tensor_metadata(tensor)  # type: ignore[no-untyped-call]
+    return tensor.dtype not in torch.storage._dtype_to_storage_type_map() or bool(metadata)
 
 
 def passes_to_torch() -> bool:

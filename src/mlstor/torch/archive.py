@@ -20,6 +20,7 @@ from mlstor.formats.zip_directory import (
     local_offset,
     read_directory,
 )
+from mlstor.formats.zip_layout import LOCAL
 
 #: From here on a record is read straight to its place; smaller ones come with their neighbours in one read.
 _DIRECT_BYTES = 256 << 10
@@ -203,7 +204,7 @@ class _Scratch:
 
     def __init__(self, runs: list[list[Entry]], heads: Sequence[int]) -> None:
         self.runs = runs
-        sizes = [run[-1].limit - run[0].header_offset for run in runs]
+        sizes = [_reach(run[-1]) - run[0].header_offset for run in runs]
         nbytes = 0
         places = []
         for run, size in zip(runs, sizes, strict=True):
@@ -244,18 +245,23 @@ def _rounds(entries: Iterable[Entry]) -> list[list[list[Entry]]]:
     rounds: list[list[list[Entry]]] = []
     run_start = end = in_round = 0
     for entry in entries:
-        span = entry.limit - entry.header_offset
+        span = _reach(entry) - entry.header_offset
         if not rounds or in_round + span > _ROUND_BYTES:
             rounds.append([])
             in_round = 0
         runs = rounds[-1]
-        if not runs or entry.header_offset != end or entry.limit - run_start > _RUN_BYTES:
+        if not runs or entry.header_offset != end or _reach(entry) - run_start > _RUN_BYTES:
             runs.append([])
             run_start = entry.header_offset
         runs[-1].append(entry)
         in_round += span
-        end = entry.limit
+        end = _reach(entry)
     return rounds
+
+
+def _reach(entry: Entry) -> int:
+    """Where a record ends at the latest: not at the next header if a hole, of whatever size, lies before that."""
+    return min(entry.limit, entry.header_offset + LOCAL.size + 2 * 0xFFFF + entry.nbytes)
 
 
 def _head_nbytes(entry: Entry, stem: str) -> int:

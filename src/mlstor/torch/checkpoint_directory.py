@@ -202,7 +202,9 @@ class CheckpointDirectory:
         OSError
             If the storage fails: an older checkpoint is no answer to that.
         """
-        for step in reversed(self.steps()):
+        steps = self.steps()
+        while steps:
+            step = steps.pop()
             try:
                 return self._checked(step, verify)
             except CorruptionError as error:
@@ -211,6 +213,10 @@ class CheckpointDirectory:
                 if error.errno not in (errno.ENOENT, errno.ENODATA):
                     raise
                 why = f"{error.filename}: {error.strerror}"
+                now = self.steps()
+                if step not in now:  # pruned meanwhile by its writer, which has newer ones
+                    steps = now
+                    continue
             warnings.warn(f"checkpoint {step} is passed over: {why}", RuntimeWarning, stacklevel=2)
         return None
 
@@ -264,6 +270,10 @@ class CheckpointDirectory:
                     dead.append(name)
             elif inner != name and (match := self._marker.fullmatch(inner)) and int(match[1]) not in busy.values():
                 dead.append(name)
+        if any(not is_leftover(name) for name in dead):
+            # What another thread has committed, and is done with, since the names were listed.
+            committed = self._markers(self._directory.names())
+            dead = [n for n in dead if not ((match := self._name.fullmatch(n)) and int(match[1]) in committed)]
         for step, found in data_of.items():
             if len(found) > 1:
                 dead += set(self._superseded(step, found)) - busy.keys()

@@ -97,6 +97,7 @@ def load_into(archive: Archive, into: Any, how: Unpickling, load: Callable[[], A
     if contents.get("byteorder", b"little") != b"little" or not all(walk.is_ordinary(x) for _, x in walk.leaves(tree)):
         return copy_into(load(), into, archive.name)
     pairs = _agree(tree, into, archive.name)
+    _refuse_meta([place for place in pairs if walk.record_number(place.wanted) is not None], archive.name)
     copies: dict[str, list[_Copy]] = {}
     for place in pairs:
         number = walk.record_number(place.wanted)
@@ -107,6 +108,12 @@ def load_into(archive: Archive, into: Any, how: Unpickling, load: Callable[[], A
     _fill(archive, copies, how)
     _finish(pairs)
     return into
+
+
+def _refuse_meta(pairs: Sequence[Pair], name: str) -> None:
+    """Refuse places without memory for what the file has bytes of: a copy to them does nothing, and says nothing."""
+    without = [place.path for place in pairs if isinstance(place.found, torch.Tensor) and place.found.is_meta]
+    _refuse([f"{path} is on the meta device here, which has no memory" for path in without], name)
 
 
 def _check_size(archive: Archive, record: str, tensor: torch.Tensor) -> None:
@@ -162,16 +169,23 @@ def _fill(archive: Archive, copies: dict[str, list[_Copy]], how: Unpickling) -> 
     # What no tensor refers to is read to be verified, and dropped
     dropped = [record for record in archive.directory.entries if record not in copies]
     targets = [Target(record, base) for record, base in straight.items()] + [Target(record, 0) for record in dropped]
-    settle(archive, archive.fetch(targets, copies), how, _UNDEFINED)
+    settle(archive, _fetched(archive, targets, copies), how, _UNDEFINED)
     for record, base in straight.items():
         _alias(copies[record], base, archive.entry(record).nbytes)
     for some in _batches(archive, indirect):
         storages = allocate(archive.entry(record).nbytes for record in some)
         places = [Target(record, storage.data_ptr()) for record, storage in zip(some, storages, strict=True)]
-        settle(archive, archive.fetch(places, storages), how, _UNDEFINED)
+        settle(archive, _fetched(archive, places, storages), how, _UNDEFINED)
         for record, storage in zip(some, storages, strict=True):
             for copy in copies[record]:
                 copy.take(storage)
+
+
+def _fetched(archive: Archive, targets: Sequence[Target], keep: object) -> list[str]:
+    try:
+        return archive.fetch(targets, keep)
+    except CorruptionError as error:  # a local header: other records may have been read by then
+        raise CorruptionError(f"{error}. {_UNDEFINED}") from None
 
 
 def _whole(owned: Sequence[_Copy], nbytes: int) -> int | None:
@@ -222,6 +236,7 @@ def _finish(pairs: Sequence[Pair]) -> None:
 def copy_into(loaded: Any, into: Any, name: str) -> Any:
     """Fill `into` from a state that was loaded beside it; `UsageError` as `load_into`."""
     pairs = _agree(loaded, into, name)
+    _refuse_meta([p for p in pairs if isinstance(p.wanted, torch.Tensor) and not p.wanted.is_meta], name)
     for place in pairs:
         if isinstance(place.found, torch.Tensor) and not place.wanted.is_meta:
             _assign(place.found, place.wanted)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import warnings
@@ -120,8 +121,13 @@ def load(
     if verifies and not archive.directory.has_crc:
         _warn_unverified(f"{name}: every CRC-32 in it is zero (torch's save.compute_crc32=False)")
     if mapped or "constants.pkl" in archive.directory.entries:  # TorchScript, which torch passes on
+        if into is not None:
+            raise UsageError(f"{name}: a TorchScript program is no state that into= could be filled from")
         loading.check(archive)
-        return loading.by_torch(mapped)
+        state = loading.by_torch(mapped)
+        if archive.verifies and blob.stat().etag != info.etag:
+            raise OSError(errno.ESTALE, "the file was replaced while it was verified: load it again", name)
+        return state
     if into is not None:
         return load_into(archive, into, loading.how, lambda: loading.zip(archive))
     return loading.zip(archive)

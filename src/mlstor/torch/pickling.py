@@ -6,6 +6,7 @@ import copyreg
 import io
 import pickle
 import sys
+from collections import OrderedDict
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -27,6 +28,19 @@ class Described(NamedTuple):
     storages: list[tuple[str, torch.UntypedStorage]]
 
 
+class _Stored:
+    """Stands for a tensor's storage in its reduction; `entry` is what the pickle holds of it."""
+
+    __slots__ = ("entry",)
+
+    def __init__(self, entry: tuple[Any, ...]) -> None:
+        self.entry = entry
+
+
+class _NoHooks:
+    """Stands for the empty OrderedDict of a tensor's hooks. Each tensor has its own: they are filled after loading."""
+
+
 class _Seen:
     """The storages that a pickler met. Holds each: a freed one's address could come back as another's."""
 
@@ -34,6 +48,7 @@ class _Seen:
         self.keys: dict[int, str] = {}
         self.storages: list[tuple[str, torch.UntypedStorage]] = []
         self.dtypes: dict[int, torch.dtype] = {}
+        self.kinds: dict[torch.dtype, Any] = {}
         #: types that are no storages: the pickler asks for every object
         self.others: set[type] = set()
 
@@ -53,6 +68,33 @@ class _Seen:
             storage, dtype = thing, torch.uint8
             kind = _stock.storage_type(storage)
             numel = storage.nbytes()
+        device = getattr(thing, "_fake_device", None)
+        return self._entry(storage, dtype, kind, numel, None if device is None else str(device))
+
+    def reduce(self, tensor: torch.Tensor) -> Any:
+        """A tensor's reduction. For the common kind it is what torch's own gives, at a third of the time."""
+        dtype = tensor.dtype
+        if (
+            tensor.layout is not torch.strided
+            or tensor.device.type != "cpu"
+            or tensor.is_quantized
+            or tensor.is_nested
+            or tensor.__dict__
+            or tensor._backward_hooks
+            or _stock.has_own_reduction(tensor)
+        ):
+            return tensor.__reduce_ex__(DEFAULT_PROTOCOL)  # type: ignore[no-untyped-call]
+        storage = tensor.untyped_storage()
+        kind = self.kinds.get(dtype)
+        if kind is None:
+            kind = self.kinds[dtype] = _stock.kind_of(dtype)
+        entry = self._entry(storage, dtype, kind, storage.nbytes() // dtype.itemsize, None)
+        place = tensor.storage_offset(), tuple(tensor.size()), tensor.stride()
+        return _stock.rebuild_tensor, (_Stored(entry), *place, tensor.requires_grad, _NoHooks())
+
+    def _entry(
+        self, storage: torch.UntypedStorage, dtype: torch.dtype, kind: Any, numel: int, device: str | None
+    ) -> tuple[Any, ...]:
         if storage.device.type != "meta":
             address = storage.data_ptr()
             if address and self.dtypes.setdefault(address, dtype) != dtype:
@@ -64,15 +106,20 @@ class _Seen:
         if key is None:
             key = self.keys[storage._cdata] = str(len(self.keys))
             self.storages.append((key, storage))
-        device = getattr(thing, "_fake_device", None)
-        return ("storage", kind, key, _stock.location_of(storage) if device is None else str(device), numel)
+        return ("storage", kind, key, _stock.location_of(storage) if device is None else device, numel)
 
 
 class _Pickler(pickle.Pickler):
     seen: _Seen
 
     def persistent_id(self, obj: Any) -> tuple[Any, ...] | None:
-        return None if type(obj) in self.seen.others else self.seen.identify(obj)
+        kind = type(obj)
+        if kind in self.seen.others:
+            return None
+        if kind is _Stored:
+            entry: tuple[Any, ...] = obj.entry
+            return entry
+        return self.seen.identify(obj)
 
 
 def _pickler_of(module: ModuleType) -> Any:
@@ -89,9 +136,11 @@ def _refuse_fake(tensor: Any) -> Any:
     raise UsageError("the state holds a fake tensor, which has no bytes: save real tensors, outside FakeTensorMode")
 
 
-def _refusals() -> dict[type, Any]:
-    """Python's table of reductions, and ours for what would fail with a message about torch's insides."""
+def _reductions(seen: _Seen) -> dict[type, Any]:
+    """Python's table of reductions, a quick one for tensors, and a refusal where torch's words would not help."""
     table: dict[type, Any] = dict(copyreg.dispatch_table)
+    table[torch.Tensor] = seen.reduce
+    table[_NoHooks] = lambda _: (OrderedDict, ())
     fake = sys.modules.get("torch._subclasses.fake_tensor")
     if fake is not None:
         table[fake.FakeTensor] = _refuse_fake
@@ -120,7 +169,7 @@ def describe(obj: Any, *, pickle_module: ModuleType = pickle, pickle_protocol: i
     pickler = (_Pickler if pickle_module is pickle else _pickler_of(pickle_module))(out, protocol=pickle_protocol)
     pickler.seen = seen
     if pickle_module is pickle:
-        pickler.dispatch_table = _refusals()
+        pickler.dispatch_table = _reductions(seen)
     pickler.dump(obj)
     for key, storage in seen.storages:
         if storage.device.type == "meta":

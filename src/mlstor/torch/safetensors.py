@@ -255,6 +255,8 @@ def _compare(found: Header, into: Mapping[str, torch.Tensor], name: str) -> None
             differences.append(f"{key!r} is of {into[key].dtype}, and of {_DTYPES[one.dtype]} in the file")
         elif into[key].is_meta or into[key].layout != torch.strided:
             differences.append(f"{key!r} is no dense tensor with memory")
+        elif any(stride == 0 and size > 1 for size, stride in zip(into[key].shape, into[key].stride(), strict=True)):
+            differences.append(f"{key!r} is expanded: several of its elements lie in one place")
     if differences:
         more = f"; and {len(differences) - _MOST_NAMED} more" if len(differences) > _MOST_NAMED else ""
         raise UsageError(f"{name} does not fit into what is given: {'; '.join(differences[:_MOST_NAMED])}{more}")
