@@ -118,6 +118,8 @@ def test_what_does_not_fit_is_named_and_nothing_is_touched(tmp_path):
     ):
         assert text in str(caught.value)
     assert not into["a"].any()
+    with pytest.raises(UsageError, match="'b' is expanded"):
+        load_safetensors(tmp_path / "a.safetensors", into={**into, "b": torch.zeros(1).expand(4)})
 
 
 @pytest.mark.parametrize(
@@ -221,6 +223,8 @@ F32 = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
         (put({"a": {**F32, "shape": [3]}}, bytes(8)), "lies in 8 bytes"),
         (put({"a": {**F32, "shape": [-2]}}, bytes(8)), "shape"),
         (put({"a": {**F32, "shape": [True, 2]}}, bytes(8)), "shape"),
+        (put({"a": {**F32, "shape": [1 << 70, 1 << 70]}}, bytes(8)), "lies in 8 bytes"),
+        (put({"a": {"dtype": [], "shape": [0], "data_offsets": [0, 0]}}), "elements of type"),
         (put({"a": {"dtype": "F32"}}, bytes(8)), "described by"),
         (put([1]), "no JSON object"),
         (put(b"{" * 3), "damaged"),

@@ -201,6 +201,37 @@ def test_saving_a_step_again_replaces_it_without_a_moment_without_it(tmp_path: P
     assert names(tmp_path) == both(8)
 
 
+def test_data_committed_since_the_names_were_listed_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A background save commits while the next one, in another thread, looks for what may go.
+    directory = CheckpointDirectory(tmp_path)
+    directory.save(1, state(1))
+    stale = [name for name in directory._directory.names() if not name.endswith(".json")]
+    fresh = directory._directory.names
+    answers = [stale]
+    monkeypatch.setattr(directory._directory, "names", lambda: answers.pop() if answers else fresh())
+    directory.save(2, state(2))
+    assert names(tmp_path) == both(1, 2)
+
+
+def test_what_is_pruned_under_a_reader_leads_it_to_the_newer_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer, reader = CheckpointDirectory(tmp_path, keep=1), CheckpointDirectory(tmp_path)
+    writer.save(1, state(1))
+    listed_first = reader._directory.names()
+    writer.save(2, state(2))
+    fresh, answers = reader._directory.names, [listed_first]
+    monkeypatch.setattr(reader._directory, "names", lambda: answers.pop() if answers else fresh())
+    latest = reader.latest()
+    assert latest is not None
+    assert latest.step == 2
+    # The same step again: its first data go once the marker names the second.
+    read_marker, old = reader._read_marker, [reader._read_marker(2)]
+    writer.save(2, state(20))
+    monkeypatch.setattr(reader, "_read_marker", lambda step: old.pop() if old else read_marker(step))
+    assert reader.checkpoint(2).load()["step"] == 20
+
+
 def test_a_step_below_the_latest_is_saved_with_a_warning(tmp_path: Path) -> None:
     directory = CheckpointDirectory(tmp_path, keep=2)
     for step in (100, 200, 300):

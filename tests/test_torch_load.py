@@ -91,6 +91,19 @@ def test_a_mapped_load_verifies_only_when_asked(path: pathlib.Path) -> None:
         load(path, mmap=True, verify=True)
 
 
+def test_what_is_mapped_is_the_file_that_was_verified(path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(state_of(), path)
+    by_torch = torch.load
+
+    def replaced(*args: Any, **kwargs: Any) -> Any:
+        save(state_of(5), path)
+        return by_torch(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "load", replaced)
+    with pytest.raises(OSError, match="replaced while it was verified"):
+        load(path, mmap=True, verify=True)
+
+
 def test_torchs_setting_maps_by_default(path: pathlib.Path) -> None:
     save(state_of(), path)
     with setting("load.mmap", True):
@@ -259,6 +272,22 @@ def test_a_zip_with_holes_is_read_where_its_headers_say(path: pathlib.Path) -> N
     path.write_bytes(b"".join([*parts, directory("archive", layout, crcs)]))
     assert_same(state, load(path))
     assert_same(state, torch.load(path))
+
+
+def test_a_hole_of_any_size_is_not_read(path: pathlib.Path) -> None:
+    small = {"data.pkl": pickle.dumps({"step": 3}, 2), "version": b"3\n"}
+    layout = lay_out("archive", [Record(name, len(data)) for name, data in small.items()])
+    crcs = [zlib.crc32(data) for data in small.values()]
+    hole = 1 << 42
+    with path.open("wb") as file:
+        for place, crc in zip(layout.placed, crcs, strict=True):
+            file.write(header("archive", place, crc) + small[place.name])
+        try:
+            file.seek(hole)
+            file.write(directory("archive", layout._replace(directory_offset=hole), crcs))
+        except OSError:
+            pytest.skip("the file system has no files of 4 TiB")
+    assert load(path) == {"step": 3}
 
 
 def test_loaded_storages_can_be_resized(path: pathlib.Path) -> None:

@@ -137,6 +137,23 @@ def test_a_long_list_of_differences_is_cut(path: pathlib.Path) -> None:
     assert str(refused.value).count("in the file only") == 20
 
 
+@pytest.mark.parametrize("kind", ["scalar", "quantized"])
+def test_places_without_memory_are_refused(path: pathlib.Path, kind: str) -> None:
+    # What a model made on the meta device has: a copy to it would do nothing, silently.
+    save({"real": torch.ones(4), "w": torch.ones(3), "x": KINDS[kind](5)}, path)
+    into = {"real": torch.zeros(4), "w": torch.empty(3, device="meta"), "x": KINDS[kind](6)}
+    with pytest.raises(mlstor.UsageError, match=r"state\['w'\] is on the meta device here.*"):
+        load(path, into=into)
+    assert not into["real"].any()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_a_program_is_no_state(path: pathlib.Path) -> None:
+    torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 2), torch.ones(2)), path)
+    with pytest.raises(mlstor.UsageError, match="TorchScript"):
+        load(path, into={"weight": torch.zeros(2, 2)}, weights_only=False)
+
+
 def test_memory_that_is_shared_here_only_is_refused(path: pathlib.Path) -> None:
     save({"a": torch.ones(4), "b": torch.full((4,), 2.0)}, path)
     one = torch.zeros(4)
@@ -203,6 +220,15 @@ def test_damage_says_that_the_content_is_undefined(
         load(path, into={"layer": {"w": shape_of(torch.zeros_like(tensor))}})
     for words in (str(path), "state['layer']['w']", "data/0", "undefined"):
         assert words in str(found.value)
+
+
+def test_a_damaged_local_header_says_it_too(path: pathlib.Path) -> None:
+    save({"w": bits(3, torch.int16, (MIB,))}, path)
+    whole = bytearray(path.read_bytes())
+    whole[whole.index(b"/data/0") + 1] ^= 0x20
+    path.write_bytes(whole)
+    with pytest.raises(mlstor.CorruptionError, match=r"local header.*undefined"):
+        load(path, into={"w": torch.zeros(MIB, dtype=torch.int16)})
 
 
 def test_a_state_in_inference_mode_is_filled(path: pathlib.Path) -> None:

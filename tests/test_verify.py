@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import struct
+import zlib
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,8 @@ from zip_support import make_zip
 
 from mlstor import cli, verify
 from mlstor.blob.target import open_blob
-from mlstor.errors import UsageError
+from mlstor.errors import CorruptionError, UsageError
+from mlstor.formats import dcp_sidecar
 from mlstor.formats.inert_pickle import tensor_names
 from mlstor.formats.scrub import scrub
 
@@ -214,6 +217,27 @@ def test_distributed_checkpoints_of_stock_torch(tmp_path, torch, capsys):
     assert "missing" in run(capsys, tmp_path)[1]["files"][1]["findings"][0]["why"]
 
 
+@pytest.mark.parametrize("place", [None, ("__0_0.distcp", -5, 10), ("a\0b", 0, 10), ("__0_0.distcp", "0", 10)])
+def test_metadata_that_can_not_be_are_damage(tmp_path, torch, capsys, place):
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
+    from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+
+    places = None if place is None else {MetadataIndex("w"): _StorageInfo(*place)}
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(Metadata({}, None, places)))
+    (tmp_path / "__0_0.distcp").write_bytes(b"x" * 100)
+    code, said = run(capsys, tmp_path)
+    assert code == 3
+    assert [(file["name"], file["status"]) for file in said["files"]] == [(str(tmp_path / ".metadata"), "damaged")]
+
+
+def test_a_trailer_that_can_not_be_is_damage():
+    sealed = dcp_sidecar.seal(b"pickle", {})
+    assert dcp_sidecar.unseal(sealed, "m") == (b"pickle", {})
+    body = sealed[:-12].replace(b'{"sums":{}}', b'["sums",{}]')
+    with pytest.raises(CorruptionError, match="can't be read"):
+        dcp_sidecar.unseal(body + struct.pack("<I", zlib.crc32(body)) + sealed[-8:], "m")
+
+
 def test_distributed_checkpoints_of_ours_are_verified_to_the_last_byte(tmp_path, torch, capsys):
     import torch.distributed.checkpoint as dcp
 
@@ -285,6 +309,9 @@ def test_markers_of_a_checkpoint_directory(tmp_path, torch, capsys):
     assert code == 3
     assert [file["status"] for file in said["files"]] == ["damaged", "ok", "ok", "ok"]
     one.unlink()
+    marker = json.loads((tmp_path / "step-00000002.json").read_text())
+    (tmp_path / "step-00000002.json").write_text(json.dumps({**marker, "data": f"../{tmp_path.name}/{two.name}"}))
+    assert "it names '../" in run(capsys, tmp_path)[1]["files"][1]["findings"][0]["why"]
     (tmp_path / "step-00000002.json").write_text("{")
     code, said = run(capsys, tmp_path)
     assert [file["status"] for file in said["files"]] == ["damaged", "damaged", "ok"]

@@ -344,7 +344,12 @@ class CheckpointDirectory:
     def _checked(self, step: int, verify: bool) -> Checkpoint:
         marker = self._read_marker(step)
         blob = self._directory.blob(marker.data)
-        nbytes = blob.stat().nbytes
+        try:
+            nbytes = blob.stat().nbytes
+        except FileNotFoundError:
+            if self._read_marker(step) == marker:
+                raise
+            return self._checked(step, verify)  # the step was saved again meanwhile
         if nbytes != marker.nbytes:
             raise CorruptionError(f"{blob.name}: it has {nbytes} bytes, and was saved with {marker.nbytes}")
         tail = blob.read(marker.directory_offset, nbytes - marker.directory_offset)
