@@ -147,11 +147,18 @@ def test_places_without_memory_are_refused(path: pathlib.Path, kind: str) -> Non
     assert not into["real"].any()
 
 
+class Nothing(torch.nn.Module):  # type: ignore[misc, name-defined]
+    def forward(self, x):  # type: ignore[no-untyped-def]
+        return x
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 def test_a_program_is_no_state(path: pathlib.Path) -> None:
-    torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 2), torch.ones(2)), path)
-    with pytest.raises(mlstor.UsageError, match="TorchScript"):
-        load(path, into={"weight": torch.zeros(2, 2)}, weights_only=False)
+    for module in (torch.nn.Linear(2, 2), Nothing()):  # the code of one is compressed
+        torch.jit.save(torch.jit.script(module), path)
+        with pytest.raises(mlstor.UsageError, match=r"TorchScript|compressed"):
+            load(path, into={"weight": torch.zeros(2, 2)}, weights_only=False)
+        assert torch.equal(load(path, weights_only=False, verify=False)(torch.ones(2)), module(torch.ones(2)))
 
 
 def test_memory_that_is_shared_here_only_is_refused(path: pathlib.Path) -> None:

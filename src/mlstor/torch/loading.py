@@ -6,6 +6,7 @@ import errno
 import io
 import os
 import warnings
+import zipfile
 from collections.abc import Mapping
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -117,7 +118,14 @@ def load(
         # torch opens a tar by its path only
         state = loading.by_torch(mapped, io.BytesIO(blob.read(0, info.nbytes)) if remote and kind == "legacy" else None)
         return state if into is None else copy_into(state, into, name)
-    archive = Archive(blob, info, verify=verifies)
+    try:
+        archive = Archive(blob, info, verify=verifies)
+    except UsageError:
+        if remote or into is not None or not _is_program(name):
+            raise
+        if verifies:
+            _warn_unverified(f"{name}: a TorchScript program with compressed code goes to torch as a whole")
+        return loading.by_torch(mapped)
     if verifies and not archive.directory.has_crc:
         _warn_unverified(f"{name}: every CRC-32 in it is zero (torch's save.compute_crc32=False)")
     if mapped or "constants.pkl" in archive.directory.entries:  # TorchScript, which torch passes on
@@ -135,6 +143,12 @@ def load(
 
 #: Enough to tell a tar, whose magic is at 257.
 _HEAD_BYTES = 512
+
+
+def _is_program(path: str) -> bool:
+    """Whether a zip with compressed records is a TorchScript program, as torch.jit.save deflates its code."""
+    with zipfile.ZipFile(path) as archive:
+        return any(name.partition("/")[2] == "constants.pkl" for name in archive.namelist())
 
 
 def _warn_unverified(why: str) -> None:
