@@ -43,7 +43,7 @@ def engine(server: FaultServer) -> Iterator[HttpEngine]:
         ({"query_start": 2**64 - 1, "query_nbytes": 2}, "outside names"),
         ({"endpoint": 1000}, "no such endpoint"),
         ({"op": 4}, "operation"),
-        ({"digest": 3}, "digest"),
+        ({"digest": 4}, "digest"),
         ({"memory": 3}, "memory"),
         ({"memory": 1, "place": 5, "room": 4}, "outside the buffer"),
         ({"memory": 1, "place": 2**64 - 1, "room": 2}, "outside the buffer"),

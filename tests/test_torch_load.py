@@ -15,6 +15,8 @@ import pytest
 from torch_support import MIB, assert_same, bits, content, setting, torch
 
 import mlstor
+from mlstor.blob.files import FileBlob
+from mlstor.formats.scrub import scrub
 from mlstor.formats.zip_layout import Record, directory, header, lay_out
 from mlstor.torch import UnverifiedWarning, load, save
 from mlstor.torch.pickling import describe
@@ -100,8 +102,38 @@ def test_what_is_mapped_is_the_file_that_was_verified(path: pathlib.Path, monkey
         return by_torch(*args, **kwargs)
 
     monkeypatch.setattr(torch, "load", replaced)
-    with pytest.raises(OSError, match="replaced while it was verified"):
+    with pytest.raises(OSError, match="replaced while it was read"):
         load(path, mmap=True, verify=True)
+
+
+@pytest.mark.parametrize("numel", [3 * MIB, 10])
+def test_a_file_that_is_replaced_is_not_called_damaged(
+    path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, numel: int
+) -> None:
+    # A reader that looks every minute at what a training writes anew.
+    stat = FileBlob.stat
+    looks = 0
+
+    def replaced(blob: FileBlob) -> Any:
+        nonlocal looks
+        found = stat(blob)
+        looks += 1
+        if looks == 1:
+            save({"w": torch.ones(numel)}, path)
+        return found
+
+    monkeypatch.setattr(FileBlob, "stat", replaced)
+    for read in (lambda: load(path), lambda: list(scrub(FileBlob(path)))):
+        save({"w": torch.zeros(MIB)}, path)
+        looks = 0
+        assert "read it again" in _said(read)
+
+
+def _said(read: Any) -> str:
+    try:
+        return str(read())
+    except OSError as error:
+        return str(error)
 
 
 def test_torchs_setting_maps_by_default(path: pathlib.Path) -> None:

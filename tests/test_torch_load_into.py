@@ -147,7 +147,7 @@ def test_places_without_memory_are_refused(path: pathlib.Path, kind: str) -> Non
     assert not into["real"].any()
 
 
-class Nothing(torch.nn.Module):  # type: ignore[misc, name-defined]
+class Nothing(torch.nn.Module):  # type: ignore[misc]
     def forward(self, x):  # type: ignore[no-untyped-def]
         return x
 

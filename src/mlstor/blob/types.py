@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
@@ -151,6 +152,18 @@ class BlobDirectory(Protocol):
 
     def make(self) -> None:
         """Make the directory and those above it, durably; one that is there is no error. Stores need none."""
+
+
+def require_same(blob: Blob, etag: str) -> None:
+    """Compare a blob with what it was: what looks damaged may be half of one file and half of another.
+
+    Raises
+    ------
+    OSError
+        ESTALE if it was replaced since it had `etag`.
+    """
+    if blob.stat().etag != etag:
+        raise OSError(errno.ESTALE, "it was replaced while it was read: read it again", blob.name)
 
 
 def make_pieces(rows: Sequence[tuple[int, int, int, int]] | int) -> NDArray[Any]:

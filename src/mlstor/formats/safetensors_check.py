@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from mlstor.blob.types import require_same
 from mlstor.errors import CorruptionError
 from mlstor.formats.finding import Finding, reason, whole
 from mlstor.formats.safetensors_file import read_header
@@ -28,6 +29,7 @@ def check_safetensors(blob: Blob, info: BlobInfo) -> Iterator[Finding]:
     try:
         header = read_header(blob.read, info.nbytes, blob.name)
     except CorruptionError as error:
+        require_same(blob, info.etag)
         yield whole(blob.name, info.nbytes, "damaged", reason(error, blob.name))
         return
     tensors = list(header.tensors.values())

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Literal
 
+from mlstor.blob.types import require_same
 from mlstor.errors import UsageError
 from mlstor.formats.dcp_check import METADATA, check_dcp, interrupted
 from mlstor.formats.finding import Finding, reason, whole
@@ -48,7 +50,15 @@ def scrub(blob: Blob) -> Iterator[Finding]:
 
 def _check(blob: Blob) -> Iterator[Finding]:
     info = blob.stat()
-    kind = _kind(blob, info)
+    try:
+        yield from _check_kind(blob, info, _kind(blob, info))
+    except OSError as error:
+        if error.errno == errno.ENODATA:
+            require_same(blob, info.etag)
+        raise
+
+
+def _check_kind(blob: Blob, info: BlobInfo, kind: str) -> Iterator[Finding]:
     if kind == "zip":
         yield from check_zip(blob, Extent(0, info.nbytes), info.etag)
     elif kind == "safetensors":

@@ -6,6 +6,7 @@ import errno
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from mlstor.blob.types import require_same
 from mlstor.errors import CorruptionError
 from mlstor.formats.finding import Finding, Status, reason
 from mlstor.formats.inert_pickle import tensor_names
@@ -61,6 +62,8 @@ def check_zip(blob: Blob, extent: Extent, etag: str = "") -> Iterator[Finding]:
     try:
         directory = read_directory(lambda at, nbytes: blob.read(extent.offset + at, nbytes), extent.nbytes, blob.name)
     except CorruptionError as error:
+        if etag:
+            require_same(blob, etag)
         yield Finding(blob.name, "", "", extent.offset, extent.nbytes, "damaged", reason(error, blob.name))
         return
     check = _Check(blob, extent, etag, directory)

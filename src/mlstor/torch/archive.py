@@ -9,8 +9,8 @@ from typing import NamedTuple
 import numpy as np
 
 from mlstor._io import AlignedBuffer, crc_pieces
-from mlstor.blob.types import Blob, BlobInfo, make_pieces
-from mlstor.errors import CorruptionError
+from mlstor.blob.types import Blob, BlobInfo, make_pieces, require_same
+from mlstor.errors import CorruptionError, MlstorError
 from mlstor.formats.zip_directory import (
     Directory,
     Entry,
@@ -52,7 +52,11 @@ class Archive:
         self.name = blob.name
         self._blob = blob
         self._etag = info.etag
-        self.directory: Directory = read_directory(blob.read, info.nbytes, blob.name)
+        try:
+            self.directory: Directory = read_directory(blob.read, info.nbytes, blob.name)
+        except (MlstorError, OSError):
+            require_same(blob, info.etag)
+            raise
         self.verifies = verify and self.directory.has_crc
         #: where the data of the records lie that were read
         self.offsets: dict[str, int] = {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import io
 import os
 import warnings
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mlstor.blob.target import open_blob
+from mlstor.blob.types import require_same
 from mlstor.errors import UsageError
 from mlstor.formats.zip_directory import kind_of
 from mlstor.torch import _stock
@@ -133,8 +133,8 @@ def load(
             raise UsageError(f"{name}: a TorchScript program is no state that into= could be filled from")
         loading.check(archive)
         state = loading.by_torch(mapped)
-        if archive.verifies and blob.stat().etag != info.etag:
-            raise OSError(errno.ESTALE, "the file was replaced while it was verified: load it again", name)
+        if archive.verifies:
+            require_same(blob, info.etag)
         return state
     if into is not None:
         return load_into(archive, into, loading.how, lambda: loading.zip(archive))
@@ -147,8 +147,11 @@ _HEAD_BYTES = 512
 
 def _is_program(path: str) -> bool:
     """Whether a zip with compressed records is a TorchScript program, as torch.jit.save deflates its code."""
-    with zipfile.ZipFile(path) as archive:
-        return any(name.partition("/")[2] == "constants.pkl" for name in archive.namelist())
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.partition("/")[2] == "constants.pkl" for name in archive.namelist())
+    except (zipfile.BadZipFile, NotImplementedError, ValueError):  # damaged: it is told why it can't be read
+        return False
 
 
 def _warn_unverified(why: str) -> None:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mlstor.blob.target import open_blob
-from mlstor.blob.types import LatePiece, make_pieces
-from mlstor.errors import CorruptionError, UsageError
+from mlstor.blob.types import LatePiece, make_pieces, require_same
+from mlstor.errors import CorruptionError, MlstorError, UsageError
 from mlstor.formats.safetensors_file import Header, Placed, Tensor, header, lay_out, read_header
 from mlstor.torch import _stock
 from mlstor.torch.saving import name_of, opening, parse_bandwidth
@@ -165,7 +165,11 @@ def load_safetensors(
         raise UsageError("safetensors files are little-endian: use the safetensors package on this host")
     blob = open_blob(name, engine=engine, **opening(store, options))
     info = blob.stat()
-    found = read_header(blob.read, info.nbytes, blob.name)
+    try:
+        found = read_header(blob.read, info.nbytes, blob.name)
+    except (MlstorError, OSError):
+        require_same(blob, info.etag)
+        raise
     unknown = sorted({one.dtype for one in found.tensors.values()} - set(_DTYPES))
     if unknown:
         raise UsageError(f"{blob.name}: torch has no type for elements of {', '.join(unknown)}")
