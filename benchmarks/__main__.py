@@ -8,19 +8,17 @@ import importlib.metadata
 import os
 import platform
 import random
-import signal
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 
-from benchmarks import contenders as listing, fio, report
+from benchmarks import command, contenders as listing, fio, report
 from benchmarks.child import ROOT, Job
 from benchmarks.fastfs import available_bytes, ram_backed_xfs
 from benchmarks.footprint import Footprint, help_seconds, rank_footprint
 from benchmarks.harness import Contender, Sample, drop_caches, remove, require_uncached, run_rounds
-from mlstor.errors import MlstorError, UsageError
+from mlstor.errors import UsageError
 from mlstor.units import format_gib, parse_size
 
 GRAIN_BYTES = 256 << 20  # 16 blocks of 16 MiB: the coarsest cell of fio's sweep divides it
@@ -63,21 +61,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; 0, 1 if the self-check failed, or the exit code of an error."""
-    options = parser().parse_args(arguments)
-    signal.signal(signal.SIGTERM, _stop)
-    try:
-        return compare(options)
-    except MlstorError as error:
-        print(f"benchmarks: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("benchmarks: stopped", file=sys.stderr)
-        return 130
-
-
-def _stop(number: int, frame: FrameType | None) -> None:
-    """SIGTERM unwinds the stack as Ctrl-C does, so that mounts and loop devices go."""
-    raise KeyboardInterrupt
+    return command.run(compare, parser().parse_args(arguments))
 
 
 def compare(options: argparse.Namespace) -> int:

@@ -8,20 +8,20 @@ import importlib.metadata
 import os
 import platform
 import random
-import signal
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks import command
 from benchmarks.__main__ import file_system, progress
 from benchmarks.child import ROOT
 from benchmarks.harness import Contender, drop_caches, run_rounds
 from benchmarks.streams import contenders as listing, report
 from benchmarks.streams.parts import Part, Place
 from benchmarks.streams.servers import Server, serving
-from mlstor.errors import MlstorError, UsageError
+from mlstor.errors import UsageError
 
 TOUCH_BYTES = 1 << 30
 
@@ -52,18 +52,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; 0, 1 if a self-check failed, or the exit code of an error."""
-    options = parser().parse_args(arguments)
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # servers and directories go too
-    try:
-        return compare(options)
-    except MlstorError as error:
-        print(f"benchmarks: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("benchmarks: stopped", file=sys.stderr)
-        return 130
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    return command.run(compare, parser().parse_args(arguments))
 
 
 def compare(options: argparse.Namespace) -> int:

@@ -8,14 +8,13 @@ import importlib.metadata
 import os
 import platform
 import random
-import signal
 import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks import fio
+from benchmarks import command, fio
 from benchmarks.__main__ import GRAIN_BYTES, file_system, progress, require_room
 from benchmarks.child import ROOT
 from benchmarks.fastfs import available_bytes, ram_backed_xfs
@@ -24,7 +23,7 @@ from benchmarks.streams.report import check_publishable
 from benchmarks.streams.servers import Server, serving
 from benchmarks.torch import contenders as listing, report
 from benchmarks.torch.job import TorchJob
-from mlstor.errors import MlstorError, UsageError
+from mlstor.errors import UsageError
 from mlstor.units import format_gib, parse_size
 
 TOUCH = 6  # payloads of memory touched before each contender, as benchmarks.__main__ says; fewer where they don't fit
@@ -63,18 +62,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; 0, 1 if a self-check failed, or the exit code of an error."""
-    options = parser().parse_args(arguments)
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # mounts, servers and files go too
-    try:
-        return compare(options)
-    except MlstorError as error:
-        print(f"benchmarks: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("benchmarks: stopped", file=sys.stderr)
-        return 130
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    return command.run(compare, parser().parse_args(arguments))
 
 
 def compare(options: argparse.Namespace) -> int:
