@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from mlstor.blob.types import BlobInfo
+from mlstor.storage.store import digest_of
 from mlstor.storage.transfers import Digest
 
 if TYPE_CHECKING:
@@ -97,11 +98,7 @@ class Channel:
 
     def digest(self) -> Digest:
         """The checksum that the store takes with what is written."""
-        of_store: Any = getattr(self.store, "digest", None)
-        if of_store is not None:
-            found: Digest = of_store()
-            return found
-        return Digest.CRC32C if self.store.describe()["client"] == "mlstor" else Digest.NONE
+        return digest_of(self.store)
 
 
 def _close(pools: dict[int, _Pool], owns: bool) -> None:

@@ -16,8 +16,7 @@ from mlstor.results import record
 from mlstor.results.notes import plural
 from mlstor.results.phase import Cached
 from mlstor.results.stream_workload import StoreUsed
-from mlstor.storage.store import scheme_of
-from mlstor.storage.transfers import Digest
+from mlstor.storage.store import digest_of, scheme_of
 from mlstor.stream.group import mended_by_user, open_url, said
 from mlstor.units import format_gib
 
@@ -181,7 +180,7 @@ class Objects(Site):
 
     def _made(self, how: ObjectHow, wanted: Sequence[str]) -> ObjectCarrier:
         each = max(1, how.workers // max(1, len(wanted)))
-        digests = {target: _digest(self.store(target)) for target in wanted}
+        digests = {target: digest_of(self.store(target)) for target in wanted}
         untold = (self.store(target).describe().get("unknown", ()) for target in wanted)
         carrier = ObjectCarrier(how, each * len(wanted), digests, not any("requests" in names for names in untold))
         try:
@@ -300,12 +299,3 @@ class Objects(Site):
         finally:
             while self._stores:
                 self._stores.popitem()[1].close()
-
-
-def _digest(store: Store) -> Digest:
-    """The checksum that a store takes with what is written."""
-    of_store: Any = getattr(store, "digest", None)
-    if of_store is not None:
-        found: Digest = of_store()
-        return found
-    return Digest.CRC32C if store.describe()["client"] == "mlstor" else Digest.NONE

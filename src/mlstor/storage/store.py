@@ -10,7 +10,7 @@ from mlstor.errors import UsageError
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-    from mlstor.storage.transfers import Transfers
+    from mlstor.storage.transfers import Digest, Transfers
 
 
 class Page(NamedTuple):
@@ -98,3 +98,14 @@ def open_store(url: str, **options: Any) -> Store:
 
     store: Store = importlib.import_module(_SCHEMES[scheme_of(url)]).open(url, **options)
     return store
+
+
+def digest_of(store: Store) -> Digest:
+    """The checksum that a store takes with what is written: its own choice, CRC32C by our client, none by others."""
+    from mlstor.storage.transfers import Digest
+
+    chosen: Any = getattr(store, "digest", None)
+    if chosen is not None:
+        found: Digest = chosen()
+        return found
+    return Digest.CRC32C if store.describe()["client"] == "mlstor" else Digest.NONE
