@@ -140,7 +140,7 @@ def check_round_trip(blob: Blob, case: Case, dropped: frozenset[int] = frozenset
 
 
 def one_piece(data: Any, group: int = 0) -> Any:
-    """An array of the one piece that a numpy array is."""
+    """An array of the one piece that a numpy array is, which it does not keep alive."""
     return make_pieces([(0, data.nbytes, data.ctypes.data, group)])
 
 
