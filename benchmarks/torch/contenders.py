@@ -28,6 +28,8 @@ GROUPS = {
     "dcp-load": "DCP load, one rank",
     "small-save": "Save many small tensors",
     "small-load": "Load many small tensors",
+    "small-dcp-save": "DCP save of many small tensors, one rank",
+    "small-dcp-load": "DCP load of many small tensors, one rank",
     "stall": "What an asynchronous save keeps the training, from the second one on",
     "s3-save": "Save to a bucket",
     "s3-load": "Load from a bucket",
@@ -83,6 +85,20 @@ def _peers(group: str, function: str) -> list[Entry]:
     ]  # fmt: skip
 
 
+def _dcp(prefix: str) -> list[Entry]:
+    """The writers and readers of a distributed checkpoint."""
+    save, load = f"{prefix}-save", f"{prefix}-load"
+    return [
+        Entry(f"{save}-mlstor", save, "mlstor StorageWriter", "ours:dcp_save"),
+        *(
+            Entry(f"{save}-{n}", save, f"FileSystemWriter, {n} thread{'s' * (n > 1)}", "peers:dcp_save", threads=n)
+            for n in (1, 2, 4, 8)
+        ),
+        Entry(f"{load}-mlstor", load, "mlstor StorageReader, verified", "ours:dcp_load", source="mlstor.dcp"),
+        Entry(f"{load}-stock", load, "FileSystemReader", "peers:dcp_load", source="torch.dcp"),
+    ]
+
+
 # What makes each thing that is read.
 SOURCES = {
     "torch.pt": ("peers:save", "torch"),
@@ -118,17 +134,17 @@ ENTRIES = (
           "state.safetensors"),
     Entry("into-fio", "into", "fio", source="torch.pt"),
     *_peers("into", "peers:into"),
-    Entry("dcp-save-mlstor", "dcp-save", "mlstor StorageWriter", "ours:dcp_save"),
-    *(
-        Entry(f"dcp-save-{n}", "dcp-save", f"FileSystemWriter, {n} thread{'s' * (n > 1)}", "peers:dcp_save", threads=n)
-        for n in (1, 2, 4, 8)
-    ),
-    Entry("dcp-load-mlstor", "dcp-load", "mlstor StorageReader, verified", "ours:dcp_load", source="mlstor.dcp"),
-    Entry("dcp-load-stock", "dcp-load", "FileSystemReader", "peers:dcp_load", source="torch.dcp"),
+    *_dcp("dcp"),
     Entry("small-save-mlstor", "small-save", "mlstor save", "ours:save"),
+    Entry("small-save-mlstor-safetensors", "small-save", "mlstor save_safetensors", "ours:save_safetensors"),
     Entry("small-save-torch", "small-save", "torch.save + fsync", "peers:save", "torch"),
+    Entry("small-save-torch-no-crc", "small-save", "torch.save without CRC + fsync", "peers:save", "torch without CRC"),
+    Entry("small-save-safetensors", "small-save", "safetensors save_file + fsync", "peers:save", "safetensors"),
     Entry("small-load-mlstor", "small-load", "mlstor load, verified", "ours:load", source="mlstor.pt"),
-    Entry("small-load-torch", "small-load", "torch.load", "peers:load", "torch", "torch.pt"),
+    Entry("small-load-mlstor-safetensors", "small-load", "mlstor load_safetensors", "ours:load_safetensors",
+          source="state.safetensors"),
+    *_peers("small-load", "peers:load"),
+    *_dcp("small-dcp"),
     Entry("stall-mlstor", "stall", "mlstor async_save", "stalls:ours"),
     Entry("stall-dcp", "stall", "dcp.async_save, its defaults", "stalls:dcp", "default"),
     Entry("stall-dcp-stager", "stall", "dcp.async_save, one DefaultStager kept", "stalls:dcp", "stager"),
