@@ -32,12 +32,19 @@ class Faulty:
 
     def fail(self, op: str, code: int, nth: int = 1, **where: int) -> None:
         """From now on the `nth` call of `op` and those after it end with that errno."""
+        self._rule({"op": op, "nth": nth, "errno": code, **where})
+
+    def slow(self, op: str, delay_s: float, nth: int = 1) -> None:
+        """From now on the `nth` call of `op` and those after it take that much longer."""
+        self._rule({"op": op, "nth": nth, "delay_s": delay_s})
+
+    def _rule(self, rule: dict[str, Any]) -> None:
         partial = self._control.with_suffix(".new")
-        partial.write_text(json.dumps({"op": op, "nth": nth, "errno": code, **where}))
+        partial.write_text(json.dumps(rule))
         partial.rename(self._control)
 
     def heal(self) -> None:
-        """From now on nothing fails."""
+        """From now on nothing fails, and all is as fast as it can be."""
         self._control.unlink(missing_ok=True)
 
 
@@ -89,7 +96,7 @@ def serve(backing: str, mountpoint: str, control: str) -> None:
             self.count = 0
 
         def trip(self, op: str, offset: int = 0, nbytes: int = 0) -> None:
-            """Fail if this call is to."""
+            """Fail, or wait, if this call is to."""
             try:
                 found = os.stat(control)
             except FileNotFoundError:
@@ -104,7 +111,11 @@ def serve(backing: str, mountpoint: str, control: str) -> None:
             if "first" in rule and not (offset <= rule["last"] and rule["first"] < offset + nbytes):
                 return
             self.count += 1
-            if self.count >= rule["nth"]:
+            if self.count < rule["nth"]:
+                return
+            if "delay_s" in rule:
+                time.sleep(rule["delay_s"])
+            else:
                 raise fuse.FuseOSError(rule["errno"])
 
         def real(self, path: str) -> str:

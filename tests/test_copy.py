@@ -15,6 +15,7 @@ import launchers
 import msgspec
 import pytest
 from copy_support import MIB, NAMES, PART, SMALL_PARTS, CopyBench, files, make
+from fuse_faults import faulty
 
 from mlstor.copy import parts, resume
 from mlstor.copy.tally import CopyTally
@@ -236,22 +237,26 @@ def test_after_kill_9_it_goes_on_and_nothing_half_shows(copy: CopyBench) -> None
 
 
 def test_ctrl_c_gives_a_partial_record_and_leaves_no_half_files(copy: CopyBench) -> None:
-    make(copy.source, {f"{at:04d}": 300_000 for at in range(1200)} | {"aa": 60 * MIB})
-    words = copy.words(*SMALL_PARTS, "--in-flight", 1, "--workers", 1, copy.source, copy.destination)
-    running = launchers.Running(words, copy.directory)
-    deadline = time.monotonic() + 30
-    while not copy.destination.exists() or len(os.listdir(copy.destination)) < 20:
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-    running.process.send_signal(signal.SIGINT)
-    done = running.wait(30)
-    assert done.returncode == 130, done.stderr
-    record = copy_support.StreamRan(0, "", "", copy.results).stream
-    assert record.status == "partial"
-    assert not record.phases[0].complete
-    assert not [name for name in files(copy.destination) if name.endswith(".mlstor-tmp")]
-    assert "goes on where this one has ended" in done.stdout
-    copy(*SMALL_PARTS)
+    with faulty(copy.directory) as mount:
+        copy.source = mount.root
+        make(mount.backing, {f"{at:03d}": 300_000 for at in range(100)} | {"aa": 10 * MIB})
+        mount.slow("read", 0.02, nth=200)  # it is not done before the signal is sent
+        words = copy.words(*SMALL_PARTS, "--in-flight", 1, "--workers", 1, copy.source, copy.destination)
+        running = launchers.Running(words, copy.directory)
+        deadline = time.monotonic() + 30
+        while not copy.destination.exists() or len(os.listdir(copy.destination)) < 20:
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        running.process.send_signal(signal.SIGINT)
+        done = running.wait(30)
+        assert done.returncode == 130, done.stderr
+        record = copy_support.StreamRan(0, "", "", copy.results).stream
+        assert record.status == "partial"
+        assert not record.phases[0].complete
+        assert not [name for name in files(copy.destination) if name.endswith(".mlstor-tmp")]
+        assert "goes on where this one has ended" in done.stdout
+        mount.heal()
+        copy(*SMALL_PARTS)
 
 
 def test_ranks_share_the_objects(copy: CopyBench) -> None:

@@ -219,7 +219,7 @@ def test_many_engines_come_and_go(tmp_path: Path) -> None:
 
     gc.collect()  # engines of other tests
     before = threads(), descriptors()
-    for i in range(60):
+    for i in range(24):
         engine = small_engine(BACKENDS[i % 2])
         engine.write_file(tmp_path / "file", noise(1000), Step(0), direct="off" if i % 3 else None)
         if i % 2:

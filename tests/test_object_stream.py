@@ -63,7 +63,7 @@ def test_epochs_have_orders_of_their_own_and_iterating_again_goes_on() -> None:
 
 
 def test_without_an_end_epochs_follow_one_another() -> None:
-    with ObjectStream(store_of(3), epochs=None) as stream:
+    with ObjectStream(store_of(3), epochs=None, in_flight_bytes=1 << 16) as stream:
         assert [obj.epoch for obj in islice(stream, 10)] == [0] * 3 + [1] * 3 + [2] * 3 + [3]
 
 
