@@ -116,6 +116,16 @@ def once_per_host(rank: int, root: Path) -> None:
     assert not list(Path("/dev/shm").glob("mlstor-*")), "left in shared memory"
 
 
+def own_metadata(rank: int, root: Path) -> None:
+    """Without collectives each rank has its own state, of the same names and shapes."""
+    dcp.save(
+        {"w": torch.full((300_000,), float(rank))}, storage_writer=StorageWriter(root / "own"), use_collectives=False
+    )
+    state = {"w": torch.zeros(300_000)}
+    dcp.load(state, storage_reader=StorageReader(root / "own"))
+    assert (state["w"] == rank).all(), state["w"].unique()
+
+
 def damage(rank: int, root: Path) -> None:
     """One rank that finds damage fails the load on all, and nobody waits for it."""
     if rank == 0:
@@ -158,6 +168,7 @@ def main() -> None:
     # In one go: to start the processes takes longer than all they do
     reshard(rank, root, meshes)
     once_per_host(rank, root)
+    own_metadata(rank, root)
     damage(rank, root)
     asynchronous(rank, root, meshes[WORLD])
     dist.barrier()

@@ -211,6 +211,9 @@ def test_places_are_told_from_what_is_none() -> None:
     assert StorageWriter.validate_checkpoint_id(Path("/a/b"))
     assert StorageReader.validate_checkpoint_id("s3://bucket/run")
     assert not StorageReader.validate_checkpoint_id("gs://bucket/run")
+    assert not StorageReader.validate_checkpoint_id(Path("s3://bucket/run"))
+    with pytest.raises(UsageError, match="as text"):
+        StorageWriter(Path("s3://bucket/run"))
     with pytest.raises(UsageError, match="gs://"):
         StorageWriter("gs://bucket/run")
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import os
+import subprocess
+import sys
 import threading
 import time
 import uuid
@@ -197,6 +199,114 @@ def test_a_giver_that_fails_is_not_waited_for() -> None:
     assert missed == {1: [0], 2: [0]}
     assert torch.equal(tensors[2][1], torch.ones(100_000))
     assert not os.path.exists(f"{SHM}/mlstor-{shares[0].token}")
+
+
+def test_a_taker_that_fails_while_it_takes_is_not_waited_for() -> None:
+    shares = three_shares(400_000)
+    tensors = {rank: {item: torch.zeros(100_000) for item in (0, 1)} for rank in range(3)}
+    tensors[2][0] = torch.zeros(7, 7, dtype=torch.float64)  # no place for what comes
+    missed: dict[int, list[int]] = {}
+
+    def work(rank: int, share: Share) -> None:
+        if rank == 2:
+            with pytest.raises(RuntimeError), Handover(share, PLACES, tensors[rank]) as handover:
+                handover.run()
+            return
+        with Handover(share, PLACES, tensors[rank]) as handover:
+            tensors[rank][rank].fill_(rank + 1)
+            missed[rank] = handover.run()
+
+    in_threads(shares, work)
+    assert missed == {0: [], 1: []}
+    assert torch.equal(tensors[0][1], torch.full((100_000,), 2.0))
+    assert not os.path.exists(f"{SHM}/mlstor-{shares[0].token}")
+
+
+def test_a_giver_that_begins_when_the_others_have_ended_is_not_held_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mlstor.torch.dcp_handover._BEGIN_S", 0.5)
+    shares = three_shares(400_000)
+    tensors = {rank: {item: torch.zeros(100_000) for item in (0, 1)} for rank in range(3)}
+    missed: dict[int, list[int]] = {}
+    ended, late = [threading.Event() for _ in range(2)], threading.Event()
+
+    def work(rank: int, share: Share) -> None:
+        if rank == 0:
+            assert all(event.wait(20) for event in ended)
+        places = PLACES if rank < 2 else {}
+        with Handover(share, places, tensors[rank]) as handover:
+            missed[rank] = handover.run()
+            if rank == 2:  # it is still here, and so is the directory
+                ended[1].set()
+                assert late.wait(20)
+        if rank == 1:
+            ended[0].set()
+        if rank == 0:
+            late.set()
+
+    shares[0].slots[0] = [Slot(400_000, torch.float32, (1,))]
+    shares[0].slots[1] = [Slot(400_000, torch.float32, (0,))]
+    in_threads(shares, work)
+    assert missed == {0: [1], 1: [0], 2: []}
+    assert not os.path.exists(f"{SHM}/mlstor-{shares[0].token}")
+
+
+def test_what_is_conjugated_or_strided_is_given_and_taken_by_its_values() -> None:
+    shares = three_shares(8 * 40_000)
+    for share in shares.values():
+        share.slots.update(
+            {0: [Slot(8 * 40_000, torch.complex64, (1, 2))], 1: [Slot(8 * 40_000, torch.complex64, (0,))]}
+        )
+    values = [torch.randn(200, 200, dtype=torch.complex64) for _ in range(2)]
+
+    def blanks() -> dict[int, torch.Tensor]:
+        return {item: torch.zeros(200, 200, dtype=torch.complex64) for item in (0, 1)}
+
+    tensors = {rank: blanks() for rank in range(2)}
+    with torch.inference_mode():
+        tensors[2] = blanks()
+    tensors[0][0], tensors[1][1] = tensors[0][0].conj(), tensors[1][1].t()
+    tensors[1][0], tensors[0][1] = tensors[1][0].conj(), tensors[0][1].t()
+
+    def work(rank: int, share: Share) -> None:
+        with Handover(share, PLACES if rank < 2 else {0: {0: 0}}, tensors[rank]) as handover:
+            if rank < 2:
+                tensors[rank][rank].copy_(values[rank])
+            assert handover.run() == []
+
+    in_threads(shares, work)
+    assert all(torch.equal(tensors[rank][0].resolve_conj(), values[0]) for rank in range(3))
+    assert all(torch.equal(tensors[rank][1], values[1]) for rank in range(2))
+
+
+def test_what_a_killed_load_left_in_shared_memory_is_removed_and_of_living_ones_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mlstor.torch.dcp_handover.SHM", str(tmp_path))
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    namespace = os.stat("/proc/self/ns/pid").st_ino
+    left, lives, elsewhere = (tmp_path / f"mlstor-{number}" for number in range(3))
+    for directory, said in (
+        (left, f"{namespace} {process.pid}"),
+        (lives, f"{namespace} {os.getpid()}"),
+        (elsewhere, f"1 {process.pid}"),
+    ):
+        directory.mkdir()
+        (directory / "0.here").write_text(said)
+        (directory / "0.bytes").write_bytes(bytes(100))
+    with Handover(Share(uuid.uuid4().hex, 0, {0: os.getpid()}), {}, {}) as handover:
+        assert handover.run() == []
+    assert sorted(tmp_path.iterdir()) == [lives, elsewhere]
+
+
+def test_a_state_without_tensors_is_waited_for_too() -> None:
+    stager = Stager()
+    kept = [stager.stage({"step": 3})]
+    threading.Timer(0.2, kept.clear).start()
+    stager.close()
+    stager.stage({"step": 4})
+    assert not kept
+    assert stager.stall_s > 0.1
 
 
 def test_staged_tensors_share_memory_as_the_originals_do_and_nothing_else() -> None:

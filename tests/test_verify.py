@@ -157,6 +157,11 @@ def test_a_directory_is_searched_and_foreign_files_are_left_alone(tmp_path, caps
     }
 
 
+def test_an_option_that_the_store_has_not_is_said(capsys):
+    assert cli.main(["verify", "s3://bucket/a.pt", "--endpoint", "http://127.0.0.1:9", "-o", "colour=red"]) == 2
+    assert "colour is not for this kind of store, which has endpoint" in capsys.readouterr().err
+
+
 def test_a_directory_without_checkpoints_and_a_missing_file_are_said(tmp_path, capsys):
     with pytest.raises(UsageError, match="holds no checkpoint"):
         verify.main([str(tmp_path)])
@@ -256,7 +261,7 @@ def test_distributed_checkpoints_of_ours_are_verified_to_the_last_byte(tmp_path,
     for path, offsets in (
         (data, (0, 100, data.stat().st_size // 2, data.stat().st_size - 1)),
         (beside, (0, 40, beside.stat().st_size - 1)),
-        (metadata, (0, metadata.stat().st_size // 2, metadata.stat().st_size - 20)),
+        (metadata, (0, *(metadata.stat().st_size - before for before in (1000, 20, 8, 1)))),
     ):
         for offset in offsets:
             flip(path, offset)

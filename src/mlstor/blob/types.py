@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 #: are read and dropped.
 PIECE_DTYPE = [("offset", "<u8"), ("nbytes", "<u8"), ("address", "<u8"), ("group", "<i8")]
 
+#: How often a blob is read that others replace.
+_ATTEMPTS = 5
+
 DigestKind = Literal["crc32", "crc32c", "crc32+crc32c"]
 """crc32 is zlib's; both are in one value of 64 bits: CRC32C in the upper half, CRC-32 in the lower."""
 
@@ -164,6 +167,27 @@ def require_same(blob: Blob, etag: str) -> None:
     """
     if blob.stat().etag != etag:
         raise OSError(errno.ESTALE, "it was replaced while it was read: read it again", blob.name)
+
+
+def read_all(blob: Blob) -> bytes:
+    """The content of a small blob, all of one moment: read again where it is replaced meanwhile.
+
+    Raises
+    ------
+    OSError
+        As from `Blob.read`; ESTALE if it is replaced again and again.
+    """
+    for _ in range(_ATTEMPTS):
+        info = blob.stat()
+        try:
+            content = blob.read(0, info.nbytes)
+        except OSError as error:
+            if error.errno not in (errno.ENODATA, errno.ESTALE) or blob.stat().etag == info.etag:
+                raise
+            continue
+        if blob.stat().etag == info.etag:
+            return content
+    raise OSError(errno.ESTALE, f"it was replaced while it was read, {_ATTEMPTS} times", blob.name)
 
 
 def make_pieces(rows: Sequence[tuple[int, int, int, int]] | int) -> NDArray[Any]:

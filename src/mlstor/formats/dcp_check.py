@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from mlstor.blob.types import read_all
 from mlstor.errors import CorruptionError
 from mlstor.formats import dcp_sidecar
 from mlstor.formats.finding import Finding, reason, whole
@@ -47,7 +48,7 @@ def check_dcp(directory: BlobDirectory, name: str = METADATA) -> Iterator[Findin
         If a file can't be read; one that is missing is a finding.
     """
     metadata = directory.blob(name)
-    content = metadata.read(0, metadata.stat().nbytes)
+    content = read_all(metadata)
     try:
         pickled, ids = dcp_sidecar.unseal(content, metadata.name)
         items = _items(pickled)

@@ -62,8 +62,8 @@ class Reference(tuple[Any, ...]):
 
 
 class _Unpickler(pickle.Unpickler):
-    def __init__(self, data: bytes) -> None:
-        super().__init__(io.BytesIO(data))
+    def __init__(self, stream: io.BytesIO) -> None:
+        super().__init__(stream)
         self._classes: dict[str, type[Inert]] = {}
 
     def find_class(self, module_name: str, global_name: str, /) -> type[Inert]:
@@ -77,17 +77,21 @@ class _Unpickler(pickle.Unpickler):
 
 
 def read_inert(data: bytes) -> Any:
-    """The first object of a pickle, made of built-in values, `Inert` and `Reference`.
+    """The object of a pickle, made of built-in values, `Inert` and `Reference`.
 
     Raises
     ------
     ValueError
-        If `data` is no such pickle.
+        If `data` is no such pickle, or more than one.
     """
+    stream = io.BytesIO(data)
     try:
-        return _Unpickler(data).load()
+        root = _Unpickler(stream).load()
     except Exception as error:  # a damaged pickle raises whatever an operation on wrong operands raises
         raise ValueError(f"it can't be unpickled: {type(error).__name__}: {error}") from None
+    if stream.read(1):
+        raise ValueError("bytes follow the pickle that nobody wrote")
+    return root
 
 
 def tensor_names(data: bytes) -> dict[str, str]:
@@ -107,6 +111,26 @@ def tensor_names(data: bytes) -> dict[str, str]:
     for path, reference in _references(read_inert(data)):
         if len(reference) > 2:  # ("storage", class, key, location, number of elements)
             found.setdefault(str(reference[2]), path)
+    return found
+
+
+def storage_locations(data: bytes) -> dict[str, str]:
+    """The device on which each storage was, as ``cpu`` or ``cuda:0``, by its key.
+
+    Parameters
+    ----------
+    data
+        The record ``data.pkl`` of torch.save.
+
+    Raises
+    ------
+    ValueError
+        If `data` is no pickle.
+    """
+    found: dict[str, str] = {}
+    for _, reference in _references(read_inert(data)):
+        if len(reference) > 3:  # ("storage", class, key, location, number of elements)
+            found[str(reference[2])] = str(reference[3])
     return found
 
 

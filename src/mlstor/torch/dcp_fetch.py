@@ -54,25 +54,25 @@ class Scratch:
         return torch.frombuffer(self.memory, dtype=torch.uint8)
 
 
-def fetch(blob: Blob, wants: Iterable[Want], keep: object) -> None:
-    """Fill the memory of `wants`, which may overlap in the file; nothing is verified."""
+def fetch(blob: Blob, wants: Iterable[Want], keep: object, etag: str = "") -> None:
+    """Fill the memory of `wants`, which may overlap in the file; nothing is verified. `etag` as in `Blob.fetch`."""
     for some in _disjoint(wants):
         rows = [(want.offset, want.nbytes, want.address, -1) for want in some]
-        blob.fetch(make_pieces(rows), keep=keep)
+        blob.fetch(make_pieces(rows), keep=keep, etag=etag)
 
 
-def fetch_digests(blob: Blob, wants: Sequence[Want], keep: object) -> list[int]:
+def fetch_digests(blob: Blob, wants: Sequence[Want], keep: object, etag: str = "") -> list[int]:
     """The same, and the CRC-32 of each."""
     order = {id(want): index for index, want in enumerate(wants)}
     crcs = [0] * len(wants)
     for some in _disjoint(wants):
         rows = [(want.offset, want.nbytes, want.address, order[id(want)]) for want in some]
-        for index, crc in blob.fetch(make_pieces(rows), digest="crc32", keep=keep).digests.items():
+        for index, crc in blob.fetch(make_pieces(rows), digest="crc32", keep=keep, etag=etag).digests.items():
             crcs[index] = crc
     return crcs
 
 
-def fetch_verified(blob: Blob, wants: Iterable[Want], sums: Sums, keep: object) -> None:
+def fetch_verified(blob: Blob, wants: Iterable[Want], sums: Sums, keep: object, etag: str = "") -> None:
     """Fill the memory of `wants`, and verify every chunk of the file that they touch.
 
     What else lies in those chunks is read as well.
@@ -89,13 +89,13 @@ def fetch_verified(blob: Blob, wants: Iterable[Want], sums: Sums, keep: object) 
             chunks.append(chunk)
             gathered += len(chunk.parts) > _PIECES
             if gathered == _GATHERED:
-                _fetch_chunks(blob, chunks, sums, keep)
+                _fetch_chunks(blob, chunks, sums, keep, etag)
                 chunks, gathered = [], 0
         if chunks:
-            _fetch_chunks(blob, chunks, sums, keep)
+            _fetch_chunks(blob, chunks, sums, keep, etag)
 
 
-def _fetch_chunks(blob: Blob, chunks: Sequence[_Chunk], sums: Sums, keep: object) -> None:
+def _fetch_chunks(blob: Blob, chunks: Sequence[_Chunk], sums: Sums, keep: object, etag: str) -> None:
     whole = [chunk for chunk in chunks if len(chunk.parts) > _PIECES]
     scratch = AlignedBuffer(max(len(whole), 1) * sums.chunk_bytes)
     places = {chunk.number: scratch.address + number * sums.chunk_bytes for number, chunk in enumerate(whole)}
@@ -113,7 +113,7 @@ def _fetch_chunks(blob: Blob, chunks: Sequence[_Chunk], sums: Sums, keep: object
             at = offset + nbytes
         if at < end:
             rows.append((at, end - at, 0, chunk.number))
-    digests = blob.fetch(make_pieces(rows), digest="crc32c", keep=(keep, scratch)).digests
+    digests = blob.fetch(make_pieces(rows), digest="crc32c", keep=(keep, scratch), etag=etag).digests
     damaged = [chunk for chunk in chunks if digests[chunk.number] != int(sums.values[chunk.number])]
     if damaged:
         raise _damage(blob.name, damaged, sums)

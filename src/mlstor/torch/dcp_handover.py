@@ -6,12 +6,14 @@ written before is seen after, on every processor.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import mmap
 import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -24,6 +26,8 @@ _LOOK_S = 0.001
 _ALIVE_S = 0.25
 #: A rank that has not begun to read after so long failed before: torch tells the others only once all are done.
 _BEGIN_S = 60.0
+#: Of the directories in shared memory.
+_PREFIX = "mlstor-"
 
 
 class _Part(NamedTuple):
@@ -49,8 +53,8 @@ class _Stream:
         self.takers = sorted({taker for slot in slots for taker in slot.takers})
         #: the round that is next to be filled (by the giver) or emptied (by a taker)
         self.round = 0
-        #: of this rank, for slots
-        self.memory: dict[int, memoryview] = {}
+        #: of this rank, for slots: their bytes
+        self.memory: dict[int, torch.Tensor] = {}
         self.path = path
         self.map: mmap.mmap | None = None
         #: the giver gives no more, or gave this rank up
@@ -74,7 +78,7 @@ class Handover:
 
     def __init__(self, share: Share, places: Mapping[int, dict[int, int]], tensors: Mapping[int, torch.Tensor]) -> None:
         self._share = share
-        self._directory = os.path.join(SHM, f"mlstor-{share.token}")
+        self._directory = os.path.join(SHM, _PREFIX + share.token)
         self._dead: set[int] = set()
         self._looked_s = self._began_s = 0.0
         self._streams = {
@@ -85,23 +89,29 @@ class Handover:
         self._tensors = tensors
 
     def __enter__(self) -> Handover:
+        _sweep()
         os.makedirs(self._directory, mode=0o700, exist_ok=True)
-        self._mark(f"{self._share.rank}.here")
+        self._mark(f"{self._share.rank}.here", _process().encode())
         self._began_s = time.monotonic()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        for stream in self._streams.values():
-            if stream.map is not None:
-                stream.memory.clear()
-                stream.map.close()
-        self._mark(f"{self._share.rank}.{'over' if kind is None else 'failed'}")
+        self.leave("over" if kind is None else "failed")
+
+    def leave(self, how: str) -> None:
+        """Tell the others that this rank has ended: ``over`` or ``failed``."""
+        self._mark(f"{self._share.rank}.{how}")  # first: whatever fails here, nobody must wait for this rank
+        self._streams.clear()
         self._look()
         if all(self._ended(rank) for rank in self._share.pids):
             shutil.rmtree(self._directory, ignore_errors=True)  # another rank may be at it
 
     def run(self) -> list[int]:
         """Give and take; returns the items (indices in the plan) that no giver handed over."""
+        with torch.no_grad():
+            return self._run()
+
+    def _run(self) -> list[int]:
         missed: list[int] = []
         for giver, stream in list(self._streams.items()):
             if giver == self._share.rank and not self._open_giver(stream):
@@ -117,8 +127,8 @@ class Handover:
                     del self._streams[giver]
                     self._close(stream, own)
                     continue
-                if not own and (self._gone(giver) or self._marked(f"{giver}.gives-nothing")):
-                    stream.lost = True
+                if not own and (self._ended(giver) or self._marked(f"{giver}.gives-nothing")):
+                    stream.lost = True  # a giver does not end before all whom it waits for have everything
                 if stream.lost:
                     missed += stream.indices.values()
                     del self._streams[giver]
@@ -132,9 +142,14 @@ class Handover:
         """Makes the segment; False if this rank can't hand over."""
         if len(stream.indices) < len(stream.slots):  # a planner has dropped items after the plan was made
             return False
-        if any(self._tensors[index].dtype != stream.slots[slot].dtype for slot, index in stream.indices.items()):
-            return False  # it was converted: the stored bytes are gone
-        fd = os.open(stream.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        for slot, index in stream.indices.items():
+            tensor = self._tensors[index]
+            if tensor.dtype != stream.slots[slot].dtype or not _has_elements_alone(tensor):
+                return False  # it was converted: the stored bytes are gone
+        try:
+            fd = os.open(stream.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        except FileNotFoundError:  # all others have ended without this rank, and removed the directory
+            return False
         try:
             nbytes = max(sum(part.nbytes for part in parts) for parts in stream.rounds)
             try:
@@ -149,27 +164,31 @@ class Handover:
             os.close(fd)
         return True
 
-    def _source(self, stream: _Stream, slot: int) -> memoryview:
-        """The bytes of what this rank gives; slots come one after the other."""
+    def _source(self, stream: _Stream, slot: int) -> torch.Tensor:
+        """The bytes of what this rank gives, on its device; slots come one after the other."""
         if slot not in stream.memory:
             stream.memory.clear()
             tensor = self._tensors[stream.indices[slot]].detach()
-            stream.memory[slot] = _bytes_of(tensor.cpu().contiguous())
+            if not _is_straight(tensor):
+                tensor = tensor.resolve_conj().resolve_neg().contiguous()
+            stream.memory[slot] = _bytes_of(tensor)
         return stream.memory[slot]
 
-    def _put(self, stream: _Stream, part: _Part, content: memoryview) -> None:
+    def _put(self, stream: _Stream, part: _Part, content: torch.Tensor) -> None:
         """Puts a part of what this rank takes into its tensor."""
         slot = stream.slots[part.slot]
         tensor = self._tensors[stream.indices[part.slot]].detach()
-        straight = tensor.is_cpu and tensor.is_contiguous() and tensor.dtype == slot.dtype
+        straight = tensor.dtype == slot.dtype and _is_straight(tensor)
         if part.slot not in stream.memory:
-            stream.memory[part.slot] = _bytes_of(tensor) if straight else memoryview(bytearray(slot.nbytes))
-        stream.memory[part.slot][part.start : part.start + part.nbytes] = content
+            stream.memory[part.slot] = (
+                _bytes_of(tensor) if straight else torch.empty(slot.nbytes, dtype=torch.uint8, device="cpu")
+            )
+        with torch.inference_mode():  # these are bytes, whatever mode the tensor was made in
+            stream.memory[part.slot][part.start : part.start + part.nbytes].copy_(content)
         if part.start + part.nbytes == slot.nbytes:
             whole = stream.memory.pop(part.slot)
             if not straight:
-                with torch.no_grad():
-                    tensor.copy_(torch.frombuffer(whole, dtype=slot.dtype).view(tensor.shape))
+                tensor.copy_(whole.view(slot.dtype).view(tensor.shape))
 
     def _give(self, stream: _Stream) -> bool:
         """Fills the next round, if the one before is emptied."""
@@ -177,10 +196,9 @@ class Handover:
         if stream.over() or (number and not self._emptied(stream, number - 1)):
             return False
         assert stream.map is not None
-        view = memoryview(stream.map)
         for slot, start, nbytes, place in stream.rounds[number]:
-            view[place : place + nbytes] = self._source(stream, slot)[start : start + nbytes]
-        view.release()
+            content = torch.frombuffer(stream.map, dtype=torch.uint8, count=nbytes, offset=place)
+            content.copy_(self._source(stream, slot)[start : start + nbytes])
         stream.round += 1
         self._mark(f"{stream.giver}.filled-{number}")
         return True
@@ -192,19 +210,18 @@ class Handover:
             return False
         if stream.map is None:
             try:
-                fd = os.open(stream.path, os.O_RDONLY | os.O_CLOEXEC)
+                fd = os.open(stream.path, os.O_RDWR | os.O_CLOEXEC)
             except FileNotFoundError:  # the giver has ended without this rank
                 stream.lost = True
                 return False
             try:
-                stream.map = mmap.mmap(fd, 0, prot=mmap.PROT_READ)
+                stream.map = mmap.mmap(fd, 0)  # torch warns of memory that it may not write to
             finally:
                 os.close(fd)
-        view = memoryview(stream.map)
         for part in stream.rounds[number]:
             if part.slot in stream.indices:
-                self._put(stream, part, view[part.place : part.place + part.nbytes])
-        view.release()
+                content = torch.frombuffer(stream.map, dtype=torch.uint8, count=part.nbytes, offset=part.place)
+                self._put(stream, part, content)
         if self._marked(f"{stream.giver}.without-{self._share.rank}"):  # what was copied may be of a later round
             stream.lost = True
             return False
@@ -217,34 +234,34 @@ class Handover:
         for taker in stream.takers:
             if self._marked(f"{stream.giver}.emptied-{number}-{taker}"):
                 continue
-            if not self._gone(taker):
+            if not self._ended(taker):
                 return False
             self._mark(f"{stream.giver}.without-{taker}")
         return True
 
     def _close(self, stream: _Stream, own: bool) -> None:
         stream.memory.clear()
-        if stream.map is not None:
-            stream.map.close()
-            stream.map = None
+        stream.map = None  # not closed: a tensor on it may be in an error's traceback
         if own:
-            os.unlink(stream.path)
+            with contextlib.suppress(FileNotFoundError):  # as in `_mark`
+                os.unlink(stream.path)
 
-    def _mark(self, name: str) -> None:
+    def _mark(self, name: str, content: bytes = b"") -> None:
         path = os.path.join(self._directory, name)
         try:
-            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
+            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except FileNotFoundError:  # all others have ended without this rank, and removed the directory
             return
+        try:
+            os.write(fd, content)
+        finally:
+            os.close(fd)
 
     def _marked(self, name: str) -> bool:
         return os.path.exists(os.path.join(self._directory, name))
 
-    def _gone(self, rank: int) -> bool:
-        """Whether nothing more comes of a rank."""
-        return rank in self._dead or self._marked(f"{rank}.failed")
-
     def _ended(self, rank: int) -> bool:
+        """Whether nothing more comes of a rank."""
         return rank in self._dead or self._marked(f"{rank}.over") or self._marked(f"{rank}.failed")
 
     def _look(self) -> None:
@@ -259,10 +276,23 @@ class Handover:
                 self._dead.add(rank)
 
 
-def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    from mlstor.blob.memory import view
+def _has_elements_alone(tensor: torch.Tensor) -> bool:
+    """Whether it is, on any device, its elements and strides and nothing else."""
+    return (
+        type(tensor) in (torch.Tensor, torch.nn.Parameter)
+        and tensor.layout == torch.strided
+        and not (tensor.is_quantized or tensor.is_nested)
+    )
 
-    return view(tensor.data_ptr(), tensor.nbytes, tensor)
+
+def _is_straight(tensor: torch.Tensor) -> bool:
+    """Whether its memory is its elements in row-major order."""
+    alone = _has_elements_alone(tensor)
+    return alone and tensor.is_contiguous() and not (tensor.is_conj() or tensor.is_neg())
+
+
+def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.reshape(-1).view(torch.uint8)
 
 
 def _rounds(slots: list[Slot]) -> Iterator[list[_Part]]:
@@ -281,6 +311,28 @@ def _rounds(slots: list[Slot]) -> Iterator[list[_Part]]:
                 parts, room = [], SEGMENT_BYTES
     if parts:
         yield parts
+
+
+def _process() -> str:
+    """This process, as others that see the same shared memory may know it."""
+    return f"{os.stat('/proc/self/ns/pid').st_ino} {os.getpid()}"
+
+
+def _sweep() -> None:
+    """Removes what loads left whose processes were all killed."""
+    for entry in os.scandir(SHM):
+        if not entry.name.startswith(_PREFIX):
+            continue
+        try:
+            if entry.stat(follow_symlinks=False).st_uid != os.getuid():
+                continue
+            here = [mark.path for mark in os.scandir(entry.path) if mark.name.endswith(".here")]
+            said = [Path(path).read_text().split() for path in here]
+        except OSError:  # its own ranks remove it
+            continue
+        own = _process().split()[0]
+        if said and all(len(words) == 2 and words[0] == own and not _is_alive(int(words[1])) for words in said):
+            shutil.rmtree(entry.path, ignore_errors=True)
 
 
 def _is_alive(pid: int) -> bool:

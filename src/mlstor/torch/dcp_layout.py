@@ -72,6 +72,8 @@ class FileImage:
 
     def __init__(self) -> None:
         self.nbytes = 0
+        #: memory that the image holds beside the tensors' own, bytes
+        self.copied_bytes = 0
         self.items: list[Item] = []
         self._rows: list[tuple[int, int, int, int]] = []
         self._stretches: list[_Stretch] = []
@@ -100,19 +102,21 @@ class FileImage:
         else:
             array = np.frombuffer(content, np.uint8)
             self._keep.append(array)
+            self.copied_bytes += len(content)
             self._data(array.ctypes.data, len(content))
         return self._added(Item(offset, len(content), 0, 0))
 
-    def add_tensor(self, tensor: torch.Tensor, dtype: torch.dtype, shape: torch.Size) -> Item:
+    def add_tensor(self, tensor: torch.Tensor, dtype: torch.dtype, shape: torch.Size, *, is_copy: bool = False) -> Item:
         """Add a tensor in the memory of this host.
 
         Row-major tensors of the type and shape that ``.metadata`` will say are what a reader can take byte ranges of.
-        Others are written as stock torch writes them, and read as it does.
+        Others are written as stock torch writes them, and read as it does. `is_copy`: nobody else holds its memory.
         """
         if not is_plain(tensor):
             stream = io.BytesIO()
             torch.save(tensor, stream)
             return self.add_bytes(stream.getbuffer())
+        given = tensor.data_ptr()
         tensor = tensor.resolve_conj().resolve_neg()
         if not _is_dense(tensor):
             tensor = tensor.clone()
@@ -136,6 +140,7 @@ class FileImage:
         data = layout.placed[3]
         if large:
             self._keep.append(tensor)
+            self.copied_bytes += nbytes if is_copy or address != given else 0
             self._large(layout, crcs, data, address)
         else:
             content = bytes(_memory(tensor, nbytes))
@@ -167,6 +172,7 @@ class FileImage:
     def _append(self, content: bytes | memoryview) -> None:
         self._early += content
         self.nbytes += len(content)
+        self.copied_bytes += len(content)
 
     def _flush(self) -> None:
         """Makes pieces of what was gathered."""

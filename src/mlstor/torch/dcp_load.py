@@ -12,16 +12,13 @@ from torch.distributed._shard._utils import narrow_tensor_by_index
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.planner import ReadItem
 
-from mlstor.blob.types import Blob
+from mlstor.blob.types import Blob, require_same
 from mlstor.errors import CorruptionError
 from mlstor.formats.dcp_sidecar import Sums, parse
 from mlstor.torch.dcp_fetch import Scratch, Want, fetch, fetch_digests, fetch_verified
 from mlstor.torch.dcp_layout import combined, is_plain
 from mlstor.torch.dcp_ranges import Box, part_of, slabs, straight
-from mlstor.torch.dcp_stock import Record, Stored, check_item, find_records, unpickled
-
-#: Memory for what can't be read straight to its place, at one time.
-SCRATCH_BYTES = 256 << 20
+from mlstor.torch.dcp_stock import Record, Stored, check_item, find_records, unpickled, untransformed
 
 
 class Wanted(NamedTuple):
@@ -66,10 +63,17 @@ class FileLoad:
     verify
         False: no byte more is read than is wanted.
     wanted
+    most_bytes
+        Of memory for what can't be read straight to its place, at one time.
     """
 
-    def __init__(self, blob: Blob, sums: Blob, file_id: str | None, verify: bool, wanted: Sequence[Wanted]) -> None:
+    def __init__(
+        self, blob: Blob, sums: Blob, file_id: str | None, verify: bool, wanted: Sequence[Wanted], most_bytes: int
+    ) -> None:
         self._blob = blob
+        self._most_bytes = most_bytes
+        #: of the data file when the load began
+        self._etag = ""
         self._sums_blob = sums
         self._file_id = file_id
         self._verify = verify
@@ -92,12 +96,21 @@ class FileLoad:
         CorruptionError
             If something is not what was written.
         OSError
-            If the storage fails.
+            If the storage fails; ESTALE if the file is replaced meanwhile.
         """
+        self._etag = self._blob.stat().etag
+        try:
+            return self._run()
+        except (CorruptionError, OSError) as error:
+            if isinstance(error, CorruptionError) or error.errno == errno.ENODATA:
+                require_same(self._blob, self._etag)
+            raise
+
+    def _run(self) -> Loaded:
         sums = self._load_sums()
         records = self._places(sums)
         for index, wanted in enumerate(self._wanted):
-            record = records.get(wanted.info.offset)
+            record = records.get((wanted.info.offset, wanted.info.length))
             if wanted.destination is None:
                 self._whole(index, wanted, sums, None)
             elif record is None or wanted.info.transform_descriptors:
@@ -128,8 +141,9 @@ class FileLoad:
             return None
         return sums
 
-    def _places(self, sums: Sums | None) -> Mapping[int, Record | None]:
-        """Where the tensors' elements lie, by the items' offsets."""
+    def _places(self, sums: Sums | None) -> Mapping[tuple[int, int], Record | None]:
+        """Where the tensors' elements lie, by the items' offsets and sizes: an item without bytes has a neighbour's
+        offset."""
         if sums is None:
             tensors = {wanted.info.offset: wanted for wanted in self._wanted if wanted.destination is not None}
             simple = [wanted for wanted in tensors.values() if not wanted.info.transform_descriptors]
@@ -137,19 +151,20 @@ class FileLoad:
                 Stored(wanted.info.offset, wanted.info.length, wanted.dtype, wanted.shape, wanted.name)
                 for wanted in simple
             ]
-            found = find_records(self._blob, stored) if stored else []
-            return {item.offset: record for item, record in zip(stored, found, strict=True)}
-        items = {item.offset: item for item in sums.items}
-        places: dict[int, Record | None] = {}
+            found = find_records(self._blob, stored, self._etag) if stored else []
+            return {(item.offset, item.nbytes): record for item, record in zip(stored, found, strict=True)}
+        items = {(item.offset, item.nbytes): item for item in sums.items}
+        places: dict[tuple[int, int], Record | None] = {}
         for wanted in self._wanted:
-            item = items.get(wanted.info.offset)
+            key = (wanted.info.offset, wanted.info.length)
+            item = items.get(key)
             expected = wanted.shape.numel() * wanted.dtype.itemsize
-            if item is None or item.nbytes != wanted.info.length or (item.data_offset and item.data_nbytes != expected):
+            if item is None or (item.data_offset and item.data_nbytes != expected):
                 raise CorruptionError(
                     f"{self._blob.name}: the metadata say that {wanted.name!r} ({expected} bytes) lies in the "
                     f"{wanted.info.length} bytes from {wanted.info.offset} on, its sums file says otherwise"
                 )
-            places[item.offset] = Record(item.data_offset, item.data_nbytes, None) if item.data_offset else None
+            places[key] = Record(item.data_offset, item.data_nbytes, None) if item.data_offset else None
         return places
 
     def _whole(self, index: int, wanted: Wanted, sums: Sums | None, destination: torch.Tensor | None) -> None:
@@ -161,11 +176,13 @@ class FileLoad:
             content = scratch.memory
             if self._verify and sums is None:
                 self._count(check_item(content, f"{self._blob.name}: {wanted.name}"), nbytes)
+            request = wanted.request
+            if wanted.info.transform_descriptors:
+                content = untransformed(content, wanted.info.transform_descriptors, request)
             if destination is None:
                 self._contents[index] = content
                 return
-            request = wanted.request
-            tensor = unpickled(content, wanted.info.transform_descriptors or (), request)
+            tensor = unpickled(content, request)
             part = narrow_tensor_by_index(tensor, request.storage_offsets, request.lengths)
             if part.shape != destination.shape:
                 raise CorruptionError(
@@ -207,7 +224,7 @@ class FileLoad:
 
     def _scratch(self, offset: int, nbytes: int, name: str, sums: Sums | None) -> Scratch:
         """Memory for a stretch that will be read; what was asked for before is read first if there is too much."""
-        if self._scratch_bytes + nbytes > SCRATCH_BYTES:
+        if self._scratch_bytes + nbytes > self._most_bytes:
             self._flush(sums)
         self._scratch_bytes += nbytes
         scratch = Scratch(offset, nbytes)
@@ -221,12 +238,12 @@ class FileLoad:
         keep = (after, self._wanted)
         nbytes = sum(want.nbytes for want in wants)
         if not self._verify:
-            fetch(self._blob, wants, keep)
+            fetch(self._blob, wants, keep, self._etag)
         elif sums is not None:
-            fetch_verified(self._blob, wants, sums, keep)
+            fetch_verified(self._blob, wants, sums, keep, self._etag)
             self._verified += nbytes
         else:
-            for want, crc in zip(wants, fetch_digests(self._blob, wants, keep), strict=True):
+            for want, crc in zip(wants, fetch_digests(self._blob, wants, keep, self._etag), strict=True):
                 self._read.append((want.offset, want.nbytes, crc))
         with torch.no_grad():
             for take in after:

@@ -41,7 +41,8 @@ class _Unpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if name in _ALLOWED.get(module, ()):
-            return super().find_class(module, name)
+            # Python 3.13 alone has it there; every stock checkpoint names its path
+            return super().find_class("pathlib" if module == "pathlib._local" else module, name)
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
         raise UsageError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -119,3 +119,35 @@ def slabs(box: Box, destination: torch.Tensor, most_bytes: int = SLAB_BYTES) -> 
 def part_of(box: Box, memory: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The box in `memory`, a tensor of bytes that holds its span."""
     return memory.view(dtype).as_strided(box.lengths, box.strides)
+
+
+def apart(indices: Sequence[int], tensors: Mapping[int, torch.Tensor]) -> list[list[int]]:
+    """The indices in lists, to be loaded one after the other, so that no two tensors of a list overlap in memory.
+
+    Tied tensors may differ in the file: the later one is to win, and bytes of one must not be taken for the other's.
+    Without overlaps it is one list.
+    """
+    spans = sorted((*_memory(tensors[index]), index) for index in indices if index in tensors)
+    before: dict[int, list[int]] = {}
+    open_: list[tuple[int, int]] = []
+    for start, end, index in spans:
+        open_ = [other for other in open_ if other[0] > start]
+        for _, other in open_ if end > start else ():
+            before.setdefault(max(index, other), []).append(min(index, other))
+        open_.append((end, index))
+    turns: dict[int, int] = {}
+    for index in sorted(indices):
+        turns[index] = max((turns[other] + 1 for other in before.get(index, ())), default=0)
+    lists: list[list[int]] = [[] for _ in range(max(turns.values(), default=-1) + 1)]
+    for index in indices:
+        lists[turns[index]].append(index)
+    return lists
+
+
+def _memory(tensor: torch.Tensor) -> tuple[int, int]:
+    """The first byte that a tensor may cover, and the end; nothing where that can't be said."""
+    known = type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.layout == torch.strided
+    if not known or tensor.is_meta or not tensor.numel():
+        return 0, 0
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.itemsize

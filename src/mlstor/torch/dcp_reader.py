@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import io
 import os
 import uuid
@@ -17,17 +19,20 @@ from torch.distributed.checkpoint.storage import StorageReader as _StorageReader
 from torch.futures import Future
 
 from mlstor.blob.target import open_directory
-from mlstor.blob.types import BlobDirectory
+from mlstor.blob.types import BlobDirectory, read_all
 from mlstor.errors import CorruptionError
 from mlstor.formats.dcp_sidecar import SUFFIX
 from mlstor.torch.dcp_load import FileLoad, Loaded, Wanted
 from mlstor.torch.dcp_metadata import read_metadata
-from mlstor.torch.dcp_share import Share, exchange, local_offer, shared_plans
+from mlstor.torch.dcp_ranges import apart
+from mlstor.torch.dcp_share import Share, exchange, give_up, local_offer, shared_plans
 from mlstor.torch.dcp_target import check_target, is_target
 from mlstor.torch.loading import UnverifiedWarning
 
 #: Data files that are read at one time; each is read by many requests already.
 _FILES_AT_ONCE = 8
+#: Memory for what can't be read straight to its place, at one time, of all files.
+SCRATCH_BYTES = 256 << 20
 
 
 class StorageReader(_StorageReader):
@@ -74,6 +79,8 @@ class StorageReader(_StorageReader):
         self._load_id = str(uuid.uuid4())
         self._metadata: Metadata | None = None
         self._files: dict[str, str] | None = None
+        #: where, and a hash of the metadata: what tells the checkpoint from others
+        self._checkpoint: tuple[str, str] | None = None
         self._shapes: dict[str, dict[torch.Size | None, torch.Size]] = {}
         #: bytes that the last load verified on this rank, and that it could not verify
         self.verified_bytes = 0
@@ -86,7 +93,7 @@ class StorageReader(_StorageReader):
         if checkpoint_id:
             self._path = check_target(checkpoint_id)
         self._load_id = str(uuid.uuid4())
-        self._metadata = self._files = None
+        self._metadata = self._files = self._checkpoint = None
         self._shapes = {}
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
@@ -101,8 +108,9 @@ class StorageReader(_StorageReader):
         """
         rank = kwargs.get("rank")
         blob = self._directory().blob(".metadata" if rank is None else f"__{rank}.metadata")
-        content = blob.read(0, blob.stat().nbytes)
+        content = read_all(blob)
         metadata, self._files = read_metadata(content, blob.name, trust=self._trust)
+        self._checkpoint = (self._path, hashlib.sha256(content).hexdigest())
         if getattr(metadata, "storage_meta", None) is None:
             metadata.storage_meta = StorageMeta()
         assert metadata.storage_meta is not None
@@ -118,27 +126,34 @@ class StorageReader(_StorageReader):
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
         """Says which host this is, so that its ranks can share what they read."""
-        return local_offer(plan) if self._share_reads else plan
+        return local_offer(plan, self._checkpoint) if self._share_reads and self._checkpoint else plan
 
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
         """Decides which rank reads what several on a host want."""
-        return shared_plans(plans, self._kind)
+        return shared_plans(plans, self._checkpoint, self._kind)
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """Reads this rank's items into its tensors."""
         self.verified_bytes = self.unverified_bytes = 0
         share = plan.storage_data if isinstance(plan.storage_data, Share) else None
-        tensors = {
-            index: planner.resolve_tensor(request)
-            for index, request in enumerate(plan.items)
-            if request.type == LoadItemType.TENSOR
-        }
+        try:
+            tensors = {
+                index: planner.resolve_tensor(request)
+                for index, request in enumerate(plan.items)
+                if request.type == LoadItemType.TENSOR
+            }
+        except BaseException:
+            if share is not None:
+                with contextlib.suppress(OSError):  # the planner's error is the one to raise
+                    give_up(share)
+            raise
         notes: list[str] = []
 
         def load(indices: list[int]) -> None:
-            """Reads those items."""
-            for index, content in self._load(plan.items, indices, tensors, notes).items():
-                planner.load_bytes(plan.items[index], io.BytesIO(content))
+            """Reads those items; tensors that share memory one after the other, as stock torch does."""
+            for some in apart(indices, tensors):
+                for index, content in self._load(plan.items, some, tensors, notes).items():
+                    planner.load_bytes(plan.items[index], io.BytesIO(content))
 
         if share is None:
             load(list(range(len(plan.items))))
@@ -175,6 +190,7 @@ class StorageReader(_StorageReader):
             wanted = self._wanted(items[index], tensors.get(index))
             by_file.setdefault(wanted.info.relative_path, []).append((index, wanted))
         directory = self._directory()
+        most_bytes = SCRATCH_BYTES // max(1, min(len(by_file), _FILES_AT_ONCE))
         loads = {
             name: FileLoad(
                 directory.blob(name),
@@ -182,6 +198,7 @@ class StorageReader(_StorageReader):
                 (self._files or {}).get(name),
                 self._verify,
                 [wanted for _, wanted in some],
+                most_bytes,
             )
             for name, some in by_file.items()
         }
@@ -237,8 +254,14 @@ def _run_all(loads: Mapping[str, FileLoad]) -> dict[str, Loaded]:
     if len(loads) == 1:  # in this thread, where Ctrl-C is heard at once
         return {name: load.run() for name, load in loads.items()}
     pool = ThreadPoolExecutor(_FILES_AT_ONCE, "mlstor-dcp")
+    mode = torch.is_inference_mode_enabled()  # of this thread; tensors that are made in it are changed in it alone
+
+    def run(load: FileLoad) -> Loaded:
+        with torch.inference_mode(mode):
+            return load.run()
+
     try:
-        futures = {name: pool.submit(load.run) for name, load in loads.items()}
+        futures = {name: pool.submit(run, load) for name, load in loads.items()}
         found = {name: future.result() for name, future in futures.items()}
     except BaseException as error:
         # After an error somebody may load something else into the same tensors: nothing may write to them any more

@@ -38,6 +38,8 @@ class Offer:
 
     host: tuple[object, ...]
     pid: int
+    #: what this rank loads. Without collectives each rank has metadata of its own: equal names are not equal bytes
+    checkpoint: object
 
 
 class Slot(NamedTuple):
@@ -63,30 +65,36 @@ class Share:
     places: dict[int, list[tuple[int, Key]]] = field(default_factory=dict)
 
 
-def local_offer(plan: LoadPlan) -> LoadPlan:
-    """The plan with this rank's host."""
+def local_offer(plan: LoadPlan, checkpoint: object) -> LoadPlan:
+    """The plan with this rank's host, and with what tells the checkpoint from others."""
+    if not os.access(SHM, os.R_OK | os.W_OK | os.X_OK):
+        return plan
     try:
         with open("/proc/sys/kernel/random/boot_id") as file:
             boot = file.read()
         host = (boot, os.stat(SHM).st_dev, os.stat("/proc/self/ns/pid").st_ino, os.getuid())
     except OSError:  # no shared memory here: this rank reads for itself
         return plan
-    return replace(plan, storage_data=Offer(host, os.getpid()))
+    return replace(plan, storage_data=Offer(host, os.getpid(), checkpoint))
 
 
-def shared_plans(plans: Sequence[LoadPlan], sizes: Callable[[ReadItem], tuple[int, torch.dtype]]) -> list[LoadPlan]:
+def shared_plans(
+    plans: Sequence[LoadPlan], checkpoint: object, sizes: Callable[[ReadItem], tuple[int, torch.dtype]]
+) -> list[LoadPlan]:
     """The plans with each rank's part in the sharing; unchanged where nothing is shared.
 
     Parameters
     ----------
     plans
         Of all ranks.
+    checkpoint
+        The one that `sizes` knows; ranks that load another share nothing.
     sizes
         Bytes and stored type of an item; 0 bytes for one that is no tensor.
     """
     hosts: dict[tuple[object, ...], list[int]] = {}
     for rank, plan in enumerate(plans):
-        if isinstance(plan.storage_data, Offer):
+        if isinstance(plan.storage_data, Offer) and plan.storage_data.checkpoint == checkpoint:
             hosts.setdefault(plan.storage_data.host, []).append(rank)
     shares = {rank: share for ranks in hosts.values() for rank, share in _deal(ranks, plans, sizes).items()}
     return [replace(plan, storage_data=shares.get(rank)) for rank, plan in enumerate(plans)]
@@ -156,6 +164,15 @@ def exchange(
         missed = handover.run()
     if missed:
         load(missed)
+
+
+def give_up(share: Share) -> None:
+    """Tells the others on this host that nothing comes of this rank: without it they would wait."""
+    from mlstor.torch.dcp_handover import Handover
+
+    handover = Handover(share, {}, {})
+    handover.__enter__()
+    handover.leave("failed")
 
 
 def _key(item: ReadItem) -> Key:

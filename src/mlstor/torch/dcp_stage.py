@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 import time
+import weakref
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -34,6 +35,7 @@ class Stager:
         #: how long the last call of `stage` took, s
         self.stall_s = 0.0
         self._arena: torch.UntypedStorage | None = None
+        self._staged: weakref.ref[StagedState] | None = None
         self._caller: threading.Thread | None = None
         self._upload: threading.Thread | None = None
         self._staged_s = 0.0
@@ -60,6 +62,7 @@ class Stager:
             arena = self._free_arena(nbytes)
             spans.copy_to(arena)
             staged = StagedState(_packed(state, spans, arena))
+        self._staged = weakref.ref(staged)
         self._caller, self._upload = threading.current_thread(), None
         self._staged_s = time.monotonic()
         self.stall_s = self._staged_s - start
@@ -70,7 +73,7 @@ class Stager:
         self._arena = None
 
     def _free_arena(self, nbytes: int) -> torch.UntypedStorage:
-        """A storage that nobody reads: the old one, if it is large enough."""
+        """A storage that nobody reads: the old one, if it is large enough. The upload is over then."""
         while self._in_use() and not self._upload_is_over():
             time.sleep(_LOOK_S)
         if self._arena is None or self._arena.nbytes() < nbytes or self._in_use():
@@ -79,7 +82,9 @@ class Stager:
         return self._arena
 
     def _in_use(self) -> bool:
-        """Whether a tensor of the last copy lives; the upload gives them up when it is over."""
+        """Whether the last copy, or a tensor of it, lives; the upload gives them up when it is over."""
+        if self._staged is not None and self._staged() is not None:
+            return True
         return self._arena is not None and torch._C._storage_Use_Count(self._arena._cdata) > 1
 
     def _upload_is_over(self) -> bool:

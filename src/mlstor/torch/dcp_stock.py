@@ -38,8 +38,8 @@ class Record(NamedTuple):
     crc: int | None
 
 
-def find_records(blob: Blob, items: Sequence[Stored]) -> list[Record | None]:
-    """Where the tensors' elements lie; None for an item that only torch can unpickle.
+def find_records(blob: Blob, items: Sequence[Stored], etag: str = "") -> list[Record | None]:
+    """Where the tensors' elements lie; None for an item that only torch can unpickle. `etag` as in `Blob.fetch`.
 
     Raises
     ------
@@ -55,7 +55,7 @@ def find_records(blob: Blob, items: Sequence[Stored]) -> list[Record | None]:
         rows.append((item.offset, head, buffer.address + place, -1))
         rows.append((item.offset + item.nbytes - size // 2, size // 2, buffer.address + place + head, -1))
         place += size
-    blob.fetch(make_pieces(rows), keep=buffer)
+    blob.fetch(make_pieces(rows), keep=buffer, etag=etag)
     found: list[Record | None] = []
     memory, place = memoryview(buffer), 0
     for item, size in zip(items, sizes, strict=True):
@@ -137,14 +137,17 @@ def check_item(content: memoryview, name: str) -> bool:
     return True
 
 
-def unpickled(content: memoryview, transforms: Sequence[str], request: Any) -> torch.Tensor:
-    """The tensor of a verified item, as stock torch reads it."""
+def untransformed(content: memoryview, transforms: Sequence[str], request: Any) -> memoryview:
+    """A verified item before torch's extensions had a hand in it."""
     from torch.distributed.checkpoint.filesystem import _StorageReaderTransforms
 
     stream: Any = io.BytesIO(content)
-    if transforms:
-        stream = io.BytesIO(_StorageReaderTransforms().transform_load_stream(request, transforms, stream).read(-1))
-    tensor = torch.load(stream, map_location="cpu", weights_only=True)
+    return memoryview(_StorageReaderTransforms().transform_load_stream(request, transforms, stream).read(-1))
+
+
+def unpickled(content: memoryview, request: Any) -> torch.Tensor:
+    """The tensor of a verified item, as stock torch reads it."""
+    tensor = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     if not isinstance(tensor, torch.Tensor):
         raise CorruptionError(f"the item of {request.storage_index.fqn!r} holds {type(tensor).__name__}, no tensor")
     return tensor

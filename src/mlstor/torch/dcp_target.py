@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 
 from mlstor.errors import UsageError
 from mlstor.storage.store import scheme_of
@@ -21,6 +22,8 @@ def check_target(path: str | os.PathLike[str]) -> str:
     text = os.fsdecode(path)
     if not text:
         raise UsageError("the checkpoint's place is empty: give a directory, or a URL as s3://BUCKET/PREFIX")
+    if not isinstance(path, str) and re.match(r"[a-z][a-z0-9+.-]*:/(?!/)", text):
+        raise UsageError(f"{text!r}: a Path makes one slash of a URL's two: give the URL as text")
     scheme_of(text)
     return text
 

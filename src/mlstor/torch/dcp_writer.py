@@ -6,6 +6,7 @@ import errno
 import io
 import os
 import pickle
+import re
 import uuid
 import warnings
 from collections.abc import Iterator, Mapping
@@ -23,12 +24,13 @@ from mlstor.blob.types import Blob, BlobDirectory
 from mlstor.errors import UsageError
 from mlstor.formats.dcp_sidecar import CHUNK_BYTES, SUFFIX, is_data_file, pack, seal
 from mlstor.operations import is_leftover
-from mlstor.torch.dcp_layout import FileImage, is_plain
+from mlstor.torch.dcp_layout import FileImage
 from mlstor.torch.dcp_stage import Stager
 from mlstor.torch.dcp_target import check_target, is_target
 from mlstor.torch.saving import parse_bandwidth
 
-#: Copies (of tensors on devices, of strided ones) that are held at once; then a data file ends and another begins.
+#: Copies (of tensors on devices, of strided and of small ones, of objects) that are held at once; then a data file ends
+#: and another begins.
 COPIED_BYTES = 1 << 30
 
 
@@ -111,7 +113,14 @@ class StorageWriter(_StorageWriter):
         """Makes the directory, and looks whether there is a checkpoint already."""
         directory = self._directory()
         directory.make()
-        if _exists(directory.blob(_metadata_name(None if self._collectives else 0))):
+        own = self._own()
+        if own is not None and _exists(directory.blob(_metadata_name(None))):
+            raise UsageError(
+                f"{directory.name}: there is a checkpoint that was saved with collectives, and loads would take that "
+                "one: name another place"
+            )
+        # Its own, not rank 0's: without collectives that may be of this save already
+        if any(_exists(directory.blob(_metadata_name(rank))) for rank in {own, self._rank}):
             if not self._overwrite:
                 raise UsageError(
                     f"{directory.name}: there is a checkpoint already: name another place, or overwrite=True"
@@ -164,9 +173,9 @@ class StorageWriter(_StorageWriter):
         metadata.storage_meta = self.storage_meta()
         files = {result.storage_data.info.relative_path: result.storage_data.file_id for result in written}
         directory = self._directory()
-        own = None if self._collectives else self._rank
+        own = self._own()
         publish_bytes(directory.blob(_metadata_name(own)), seal(pickle.dumps(metadata), files))
-        _tidy(directory, files, "__" if own is None else f"__{own}_")
+        _tidy(directory, files, own)
 
     def storage_meta(self) -> StorageMeta | None:
         """What ``.metadata`` says of this save."""
@@ -214,6 +223,10 @@ class StorageWriter(_StorageWriter):
         """Memory that holds copies, bytes."""
         return self._stager.nbytes
 
+    def _own(self) -> int | None:
+        """The rank, where each has metadata of its own."""
+        return None if self._collectives else self._rank
+
     def _directory(self) -> BlobDirectory:
         return open_directory(self._path, **self._options)
 
@@ -230,21 +243,19 @@ def publish_bytes(blob: Blob, content: bytes) -> None:
 
 def _images(plan: SavePlan, planner: SavePlanner) -> Iterator[tuple[FileImage, list[WriteItem]]]:
     """The rank's data files; one, but where tensors must be copied and the copies would take too much memory."""
-    image, items, copied = FileImage(), list[WriteItem](), 0
+    image, items = FileImage(), list[WriteItem]()
     for write in sorted(plan.items, key=_rank_in_file):
-        if copied >= COPIED_BYTES:
+        if image.copied_bytes >= COPIED_BYTES:
             yield image, items
-            image, items, copied = FileImage(), [], 0
+            image, items = FileImage(), []
         data = planner.resolve_data(write)
         if isinstance(data, io.BytesIO):
             image.add_bytes(data.getbuffer())
         else:
             if write.tensor_data is None:
                 raise ValueError(f"the planner gave a tensor for {write.index.fqn!r}, but did not plan one")
-            here = data.detach().cpu()
-            image.add_tensor(here, write.tensor_data.properties.dtype, write.tensor_data.chunk.sizes)
-            if is_plain(here) and not (data.is_cpu and here.is_contiguous()):
-                copied += here.nbytes
+            described = write.tensor_data.properties.dtype, write.tensor_data.chunk.sizes
+            image.add_tensor(data.detach().cpu(), *described, is_copy=not data.is_cpu)
         items.append(write)
     if items:
         yield image, items
@@ -281,17 +292,20 @@ def _metadata_name(rank: int | None) -> str:
     return ".metadata" if rank is None else f"__{rank}.metadata"
 
 
-def _tidy(directory: BlobDirectory, files: Mapping[str, str], prefix: str) -> None:
-    """Removes data files and sums that no metadata name any more, and what killed writers left."""
-    keep = {*files, *(name + SUFFIX for name in files)}
-    old = [name for name in directory.names() if _is_ours(name, prefix) and name not in keep]
+def _tidy(directory: BlobDirectory, files: Mapping[str, str], own: int | None) -> None:
+    """Removes data files and sums that no metadata name any more, ranks' metadata where there are metadata of all, and
+    what killed writers left.
+    """
+    keep = {_metadata_name(own), *files, *(name + SUFFIX for name in files)}
     try:
-        directory.remove(old)
+        directory.remove([name for name in directory.names() if _is_ours(name, own) and name not in keep])
     except OSError as error:  # the new checkpoint is whole and durable: only room is lost
         warnings.warn(f"{directory.name}: files of the old checkpoint could not be removed: {error}", stacklevel=2)
 
 
-def _is_ours(name: str, prefix: str) -> bool:
+def _is_ours(name: str, own: int | None) -> bool:
     if is_leftover(name):
         name = name[1:].rsplit(".", 2)[0]
-    return name.startswith(prefix) and is_data_file(name)
+    if own is not None:
+        return name == _metadata_name(own) or (name.startswith(f"__{own}_") and is_data_file(name))
+    return is_data_file(name) or re.fullmatch(r"(__\d+)?\.metadata", name) is not None
