@@ -188,6 +188,46 @@ def test_it_pickles_and_works_in_a_fork(tmp_path: Path) -> None:
         open_directory(tmp_path / "file" / "below").make()
 
 
+def test_an_engine_that_was_given_is_its_own_process_s_only(tmp_path: Path) -> None:
+    data = noise_array(MIB)
+    with Engine(workers=1, block_bytes=MIB) as engine:
+        directory = open_directory(tmp_path, engine=engine)
+        blob = directory.blob("x")
+        blob.publish(MIB, one_piece(data), keep=data)
+
+        def work() -> None:
+            for again in (blob, directory.blob("x")):
+                assert again.read(0, MIB) == data.tobytes()
+            directory.blob("y").publish(MIB, one_piece(data), keep=data)
+
+        before = engine.counters().reads
+        in_child(work)
+        assert blob.read(0, MIB) == directory.blob("y").read(0, MIB) == data.tobytes()
+        assert engine.counters().reads > before
+
+
+def test_a_link_stays_and_what_it_leads_to_is_replaced(tmp_path: Path) -> None:
+    data = noise_array(1000)
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "old").write_bytes(OLD)
+    for name, target in (("blob", "there/old"), ("dangling", "there/new")):
+        (tmp_path / name).symlink_to(target)
+        open_blob(tmp_path / name).publish(1000, one_piece(data), keep=data)
+        assert (tmp_path / name).is_symlink()
+        assert (tmp_path / target).read_bytes() == data.tobytes()
+    assert sorted(os.listdir(tmp_path / "there")) == ["new", "old"]
+
+
+def test_what_is_no_file_is_not_replaced_by_one(tmp_path: Path) -> None:
+    # As root a rename over a device such as /dev/null would go well.
+    data = noise_array(1000)
+    os.mkfifo(tmp_path / "blob")
+    with pytest.raises(UsageError, match="blob is a device, pipe or socket: name a file"):
+        open_blob(tmp_path / "blob").publish(1000, one_piece(data), keep=data)
+    assert (tmp_path / "blob").is_fifo()
+    assert os.listdir(tmp_path) == ["blob"]
+
+
 def test_names_of_blobs() -> None:
     assert open_blob("file:///some/where").name == "/some/where"
     assert open_directory("file:///some/where").blob("x").name == "/some/where/x"

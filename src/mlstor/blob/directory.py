@@ -19,6 +19,7 @@ class FileDirectory:
     def __init__(self, path: str | os.PathLike[str], engine: Engine | None = None) -> None:
         self.name = os.fsdecode(path)
         self._engine = engine
+        self._pid = os.getpid()
 
     def __repr__(self) -> str:
         return f"<FileDirectory {self.name}>"
@@ -27,7 +28,8 @@ class FileDirectory:
         return FileDirectory, (self.name,)
 
     def blob(self, relative: str) -> FileBlob:
-        return FileBlob(os.path.join(self.name, relative), self._engine)
+        engine = self._engine if self._pid == os.getpid() else None  # a child can't use its parent's
+        return FileBlob(os.path.join(self.name, relative), engine)
 
     def names(self) -> list[str]:
         try:

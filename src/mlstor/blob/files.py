@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import stat
 import threading
 import time
 from collections import deque
@@ -15,6 +16,7 @@ from mlstor.blob.gather import STRAIGHT_BYTES, Batch, Small
 from mlstor.blob.memory import Window
 from mlstor.blob.pieces import by_group, checked, joined
 from mlstor.blob.types import BlobInfo, DigestKind, Fetched, LatePiece, Published
+from mlstor.errors import UsageError
 from mlstor.operations import DURABLE, Extent, Late, ReadFile, WriteFile
 
 if TYPE_CHECKING:
@@ -38,12 +40,13 @@ class FileBlob:
     ----------
     path
     engine
-        By default the process's own, also in a child process.
+        By default, and in a child process, the process's own.
     """
 
     def __init__(self, path: str | os.PathLike[str], engine: Engine | None = None) -> None:
         self.name = os.fsdecode(path)
         self._engine = engine
+        self._pid = os.getpid()
 
     def __repr__(self) -> str:
         return f"<FileBlob {self.name}>"
@@ -52,10 +55,10 @@ class FileBlob:
         return FileBlob, (self.name,)
 
     def _here(self) -> Engine:
-        """An engine that is given is used as long as it lives in this process."""
+        """An engine that is given is the parent's in a child process, which can't use it."""
         from mlstor._io import default_engine
 
-        return self._engine or default_engine()
+        return self._engine if self._engine is not None and self._pid == os.getpid() else default_engine()
 
     def stat(self) -> BlobInfo:
         found = os.stat(self.name)
@@ -80,11 +83,12 @@ class FileBlob:
         block_bytes: int = 0,
         cancel: threading.Event | None = None,
     ) -> Published:
+        target = _target(self.name)
         pieces = joined(checked(pieces, self.name, nbytes, late))
         extents = _extents(pieces, Window(pieces, keep), digest)
         extents += [Extent(piece.offset, piece.nbytes, Late(piece.make)) for piece in late if piece.nbytes]
         operation = WriteFile(
-            self.name, extents, DURABLE, nbytes=nbytes, block_bytes=block_bytes, bytes_per_s=max_bandwidth
+            target, extents, DURABLE, nbytes=nbytes, block_bytes=block_bytes, bytes_per_s=max_bandwidth
         )
         result = waited(self._here().submit([operation])[0], cancel)
         return Published(
@@ -138,6 +142,17 @@ class FileBlob:
     def _compare(self, wanted: str, found: str) -> None:
         if wanted != found:
             raise OSError(errno.ESTALE, "the file changed while it was read: read it again", self.name)
+
+
+def _target(path: str) -> str:
+    """The file that is replaced: where a link leads, as `open` has it. What is no file is not replaced by one."""
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:  # it isn't there; or the engine tells what is wrong
+        mode = stat.S_IFREG
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise UsageError(f"{path} is a device, pipe or socket: name a file, which is written beside it and renamed")
+    return os.path.realpath(path) if os.path.islink(path) else path
 
 
 class _Reads:

@@ -146,11 +146,6 @@ class CopySession:
         def opened() -> Side:
             try:
                 store = open_store(url, **store_options)
-            except TypeError as error:
-                if "keyword argument" not in str(error):
-                    raise
-                names = ", ".join(sorted(store_options))
-                raise UsageError(f"{url}: one of the options {names} is not for this kind of store") from None
             except OSError as error:
                 raise UsageError(said(error, url)) from None
             of_store: Callable[[], Digest] | None = getattr(store, "digest", None)

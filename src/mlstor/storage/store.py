@@ -95,8 +95,17 @@ def open_store(url: str, **options: Any) -> Store:
         If the URL or an option is not understood, or the build lacks what it needs.
     """
     import importlib
+    import inspect
 
-    store: Store = importlib.import_module(_SCHEMES[scheme_of(url)]).open(url, **options)
+    scheme = scheme_of(url)
+    opening = importlib.import_module(_SCHEMES[scheme]).open
+    known = [name for name, one in inspect.signature(opening).parameters.items() if one.kind is one.KEYWORD_ONLY]
+    unknown = sorted(options.keys() - set(known))
+    if unknown:
+        raise UsageError(
+            f"{url}: the option {', '.join(unknown)} is not for this kind of store, which has {', '.join(known)}"
+        )
+    store: Store = opening(url, **options)
     return store
 
 

@@ -113,11 +113,6 @@ def open_url(url: str, options: Mapping[str, Any]) -> Store:
     """The store behind a URL; raises as `open_it`."""
     try:
         return open_store(url, **options)
-    except TypeError as error:
-        if "keyword argument" not in str(error):
-            raise
-        names = ", ".join(sorted(options))
-        raise UsageError(f"{url}: one of the options {names} is not for this kind of store ({error})") from None
     except OSError as error:
         raise UsageError(said(error, url)) from None
 
