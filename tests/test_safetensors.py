@@ -122,9 +122,37 @@ def test_what_does_not_fit_is_named_and_nothing_is_touched(tmp_path):
         load_safetensors(tmp_path / "a.safetensors", into={**into, "b": torch.zeros(1).expand(4)})
 
 
+def test_what_is_no_place_for_tensors_is_refused_in_words(tmp_path):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    path = tmp_path / "a.safetensors"
+    save_safetensors({"a": torch.ones(3), "b": torch.ones(2)}, path)
+    plain = torch.zeros(3)
+    with FakeTensorMode():
+        fake = torch.zeros(2)
+    with pytest.raises(UsageError, match="text by text"):
+        save_safetensors({"a": plain}, path, ["format"])
+    for into, named in (
+        ({"a": plain, "b": TwoTensor(torch.zeros(2), torch.zeros(2))}, "'b' is no dense tensor with memory"),
+        ({"a": plain, "b": torch.zeros(2, device="meta")}, "'b' is no dense tensor"),
+        ({"a": plain, "b": fake}, "'b' is no dense tensor"),
+        ({"a": plain, "b": [0.0, 0.0]}, "these are none: 'b'"),
+        (torch.nn.Linear(2, 2), "not Linear"),
+    ):
+        with pytest.raises(UsageError, match=named):
+            load_safetensors(path, into=into)
+    assert not plain.any()
+    with FakeTensorMode(), pytest.raises(UsageError, match="FakeTensorMode"):
+        load_safetensors(path)
+
+
 @pytest.mark.parametrize(
     ("make", "named"),
     [
+        (lambda: [torch.ones(4)], "give a dict"),
+        (lambda: torch.nn.Linear(2, 2), "give a dict"),
+        (lambda: {3: torch.ones(4)}, "3; convert"),
         (lambda: {"x": torch.ones(4).to_sparse()}, "dense"),
         (lambda: {"x": torch.ones(4, 4).t()[:2]}, "contiguous"),
         (lambda: {"x": torch.ones(4, device="meta")}, "no memory"),

@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from fuse_faults import faulty
 from s3_support import bucket, listed
@@ -260,13 +261,29 @@ def test_a_failed_save_leaves_what_was_there(tmpfs_mount: Any) -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [({"keep": -1}, "keep=-1"), ({"prefix": "a/b"}, "prefix='a/b'"), ({"prefix": ""}, "prefix=''")],
+    [
+        ({"keep": -1}, "keep=-1"),
+        ({"keep": "3"}, "keep=3"),
+        ({"prefix": "a/b"}, "prefix='a/b'"),
+        ({"prefix": ""}, "prefix=''"),
+    ],
 )
 def test_mistakes_are_refused(tmp_path: Path, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         CheckpointDirectory(tmp_path, **arguments)
-    with pytest.raises(UsageError, match="step=-1"):
-        CheckpointDirectory(tmp_path).save(-1, {})
+    for step in (-1, "1", 1.5):
+        for save in (CheckpointDirectory(tmp_path).save, CheckpointDirectory(tmp_path).save_async):
+            with pytest.raises(UsageError, match=f"step={step!r}"):
+                save(step, {})  # type: ignore[operator]
+    assert names(tmp_path) == []
+
+
+def test_a_step_may_be_another_library_s_integer(tmp_path: Path) -> None:
+    directory = CheckpointDirectory(tmp_path)
+    directory.save(np.int64(1), state(1))  # type: ignore[arg-type]
+    directory.save_async(torch.tensor(2), state(2)).result()
+    assert directory.steps() == [1, 2]
+    assert names(tmp_path) == both(1, 2)
 
 
 def test_on_an_object_store_it_is_the_same(signed_weed: Weed) -> None:  # noqa: F811

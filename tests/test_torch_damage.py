@@ -136,6 +136,27 @@ def test_damage_names_file_tensor_and_place(tmp_path: pathlib.Path, how: str) ->
             assert words in str(found.value)
 
 
+@pytest.mark.parametrize("how", ["ours", "torch's"])
+def test_damage_of_a_local_header_names_the_tensor_behind_it(tmp_path: pathlib.Path, how: str) -> None:
+    path = tmp_path / "state.pt"
+    whole = bytearray(written(path, how))
+    for key, record in (("small", b"data/0"), ("large", b"data/1")):
+        at = whole.index(record)
+        whole[at] ^= 0x20
+        path.write_bytes(whole)
+        whole[at] ^= 0x20
+        header = whole.rindex(b"PK\3\4", 0, at)
+        for into in (
+            None,
+            {"small": bits(3, torch.int32, (40,)), "large": bits(3, torch.int16, (MIB // 2 + 9,)), "step": 1},
+        ):
+            with pytest.raises(mlstor.CorruptionError) as found:
+                load(path, into=into)
+            for words in (str(path), f"tensor state['{key}']", record.decode(), f"header at offset {header}"):
+                assert words in str(found.value)
+            assert ("undefined" in str(found.value)) is (into is not None)
+
+
 def test_many_damaged_records_are_counted(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "state.pt"
     save([torch.full((9,), 1000 + index) for index in range(10)], path)
@@ -167,7 +188,37 @@ def test_damage_to_the_pickle_is_found_before_it_is_unpickled(tmp_path: pathlib.
             load(path, weights_only=allowed)
 
 
-def test_quantized_damage_is_told_without_names(tmp_path: pathlib.Path) -> None:
+class Config:
+    """A class that weights_only=True does not allow."""
+
+    def __init__(self, w: Any) -> None:
+        self.w = w
+
+
+def test_damage_is_named_where_the_state_can_not_be_made_without_its_bytes(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "state.pt"
+    tensor = bits(3, torch.int32, (500,))
+    save({"config": Config(tensor)}, path)
+    whole = bytearray(path.read_bytes())
+    whole[whole.index(content(tensor.untyped_storage())) + 5] ^= 1
+    path.write_bytes(whole)
+    with pytest.raises(mlstor.CorruptionError, match=r"tensor state\['config'\]\.w \(record data/0, bytes"):
+        load(path)
+
+
+def test_damage_of_a_state_that_holds_itself_is_named(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "state.pt"
+    state: dict[str, Any] = {"w": bits(3, torch.int32, (500,))}
+    state["self"] = state
+    save(state, path)
+    whole = bytearray(path.read_bytes())
+    whole[whole.index(content(state["w"].untyped_storage())) + 5] ^= 1
+    path.write_bytes(whole)
+    with pytest.raises(mlstor.CorruptionError, match=r"tensor state\['w'\] \(record data/0"):
+        load(path)
+
+
+def test_quantized_damage_is_named(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "state.pt"
     values = torch.arange(600, dtype=torch.float32)
     with warnings.catch_warnings():
@@ -177,5 +228,5 @@ def test_quantized_damage_is_told_without_names(tmp_path: pathlib.Path) -> None:
         whole = bytearray(path.read_bytes())
         whole[whole.index(state["q"].int_repr().numpy().tobytes()) + 5] ^= 1
         path.write_bytes(whole)
-        with pytest.raises(mlstor.CorruptionError, match="record data/0"):
+        with pytest.raises(mlstor.CorruptionError, match=r"tensor state\['q'\] \(record data/0, bytes"):
             load(path)

@@ -169,6 +169,14 @@ def test_errors_say_what_and_of_which_object(directory: Path, tmp_path: Path) ->
     empty.mkdir()
     with pytest.raises(UsageError, match="no objects"):
         ObjectDataset(empty)
+    for wrong in ("a", 1.5, slice(1, 3), True):
+        with pytest.raises(TypeError, match="whole numbers"):
+            dataset[wrong]  # type: ignore[index]
+    assert dataset[torch.tensor(5)] == dataset[np.int32(5)] == in_order()[5]  # type: ignore[index]
+    with pytest.raises(UsageError, match="not int"):
+        ObjectDataset(5)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="the option endpont is not for this kind of store"):
+        ObjectDataset("s3://bucket/train", options={"endpont": "http://127.0.0.1:9"})
     with pytest.raises(UsageError, match="does not exist"):
         ObjectDataset(tmp_path / "absent")
     with pytest.raises(UsageError, match="holds a record"):

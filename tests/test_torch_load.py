@@ -167,6 +167,22 @@ def test_the_format_before_the_zip_is_loaded_with_one_warning(path: pathlib.Path
     assert_same(state_of(), load(path, verify=False, into=into))
 
 
+def test_a_cut_file_of_the_old_format_is_named(path: pathlib.Path) -> None:
+    torch.save(state_of(), path, _use_new_zipfile_serialization=False)
+    whole = path.read_bytes()
+    for nbytes in (50, 200, len(whole) - 1000):
+        path.write_bytes(whole[:nbytes])
+        with pytest.raises(mlstor.CorruptionError, match=r"state\.pt: the file ends early"):
+            load(path, verify=False)
+
+
+def test_what_is_no_checkpoint_is_said_to_be_none(path: pathlib.Path) -> None:
+    for foreign in (b"hello, this is no checkpoint\n" * 9, pickle.dumps({"a": 1}), b""):
+        path.write_bytes(foreign)
+        with pytest.raises(mlstor.CorruptionError, match=r"state\.pt: .* not that of a file of torch\.save"):
+            load(path)
+
+
 def test_a_damaged_or_cut_zip_is_never_taken_for_the_old_format(path: pathlib.Path) -> None:
     save(state_of(), path)
     whole = path.read_bytes()
@@ -244,6 +260,15 @@ def test_file_objects_are_refused_with_advice(call: Any) -> None:
 
 def test_what_can_not_be_done_is_said(path: pathlib.Path) -> None:
     save(state_of(), path)
+    for call in (lambda: save(1, ""), lambda: load("")):
+        with pytest.raises(mlstor.UsageError, match="the path is empty"):
+            call()
+    with pytest.raises(mlstor.UsageError, match="not str"):
+        load("s3://bucket/x.pt", options="endpoint")  # type: ignore[arg-type]
+    with pytest.raises(
+        mlstor.UsageError, match="the option endpont is not for this kind of store, which has endpoint, reg"
+    ):
+        load("s3://bucket/x.pt", options={"endpont": "http://127.0.0.1:9"})
     with pytest.raises(mlstor.UsageError, match="load_safetensors"):
         load("x.safetensors")
     with pytest.raises(mlstor.UsageError, match="can't be mapped"):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pathlib
+import random
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from torch_support import KINDS, MIB, PLAIN, assert_same, bits, content, leaves, states, torch
@@ -86,7 +88,7 @@ def test_a_training_state_is_filled_without_a_second_copy(path: pathlib.Path, mo
         assert not sizes, f"{sizes} bytes were allocated"
         return []
 
-    monkeypatch.setattr("mlstor.torch.into.allocate", refuse)
+    monkeypatch.setattr("mlstor.torch.devices.allocate", refuse)
     load(path, into=into)
     assert_same(state, into)
     assert torch.equal(model[0].weight, state["model"]["0.weight"])
@@ -123,11 +125,131 @@ def test_what_differs_is_named_and_nothing_is_touched(path: pathlib.Path) -> Non
 
 
 def test_a_type_that_differs_is_named(path: pathlib.Path) -> None:
-    save({"a": torch.ones(4), "b": 3, "t": (1, 2)}, path)
+    save({"a": torch.ones(4), "b": 3, "t": (1, torch.ones(1))}, path)
     with pytest.raises(mlstor.UsageError) as refused:
-        load(path, into={"a": 3, "b": {"x": 1}, "t": (1, 3)})
+        load(path, into={"a": 3, "b": {"x": 1}, "t": (2, torch.ones(1))})
     for words in ("state['a'] is of type Tensor in the file, int here", "state['b'] is of type int", "in a tuple"):
         assert words in str(refused.value)
+
+
+def test_values_in_lists_and_tuples_are_set_whatever_their_number(path: pathlib.Path) -> None:
+    # What a resuming job has: generators' states, betas that a schedule moves, losses of each step.
+    saved = {
+        "python": random.Random(1).getstate(),
+        "optim": {"param_groups": [{"betas": (0.9, 0.95), "params": [0, 1]}]},
+        "losses": [3.0, 2.0, 1.0],
+        "w": [torch.ones(2), (1, (2, 3))],
+    }
+    save(saved, path)
+    into = {
+        "python": random.Random(2).getstate(),
+        "optim": {"param_groups": [{"betas": (0.8, 0.999), "params": [0, 1]}]},
+        "losses": [],
+        "w": [torch.zeros(2), (1, (0, 0, 0))],
+    }
+    load(path, into=into)
+    assert_same(saved, into)
+
+
+def test_arrays_in_a_tuple_are_set(path: pathlib.Path) -> None:
+    saved = {"numpy": np.random.RandomState(1).get_state(), "w": torch.ones(2)}
+    save(saved, path)
+    into = {"numpy": np.random.RandomState(2).get_state(), "w": torch.zeros(2)}
+    load(path, into=into, weights_only=False)
+    assert into["w"].all()
+    restored = np.random.RandomState()
+    restored.set_state(into["numpy"])
+    assert restored.randint(1 << 30) == np.random.RandomState(1).randint(1 << 30)
+    save((torch.ones(2), np.arange(3)), path)
+    with pytest.raises(mlstor.UsageError, match="in a tuple, which can't be changed"):
+        load(path, into=(torch.zeros(2), np.arange(4)), weights_only=False)
+
+
+SPECIAL_DIFFERENCES: dict[str, tuple[Callable[[], Any], Callable[[], Any], str]] = {
+    "nested": (
+        lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+        lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(4)]),
+        r"nested tensors of shapes \[\(2,\), \(3,\)\] in the file, \[\(2,\), \(4,\)\] here",
+    ),
+    "csr": (
+        lambda: torch.eye(4).to_sparse_csr(),
+        lambda: torch.ones(4, 4).to_sparse_csr(),
+        r"values of shape \(4,\) in the file, \(16,\) here",
+    ),
+    "bsr": (
+        lambda: torch.eye(4).to_sparse_bsr((2, 2)),
+        lambda: torch.eye(4).to_sparse_bsr((1, 1)),
+        "values of shape",
+    ),
+    "coo": (
+        lambda: torch.ones(2, 3).to_sparse(2),
+        lambda: torch.ones(2, 3).to_sparse(1),
+        "2 sparse dimensions in the file, 1 here",
+    ),
+    "scheme": (
+        lambda: torch.quantize_per_tensor(torch.ones(2, 2), 0.5, 3, torch.quint8),
+        lambda: torch.quantize_per_channel(torch.ones(2, 2), torch.ones(2), torch.ones(2), 0, torch.quint8),
+        r"torch.per_tensor_affine in the file, torch.per_channel_affine\w* here",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", sorted(SPECIAL_DIFFERENCES))
+def test_what_differs_in_tensors_of_special_kinds_is_named_and_nothing_is_touched(
+    path: pathlib.Path, kind: str
+) -> None:
+    saved, here, words = SPECIAL_DIFFERENCES[kind]
+    save({"a": torch.ones(3), "x": saved()}, path)
+    into = {"a": torch.zeros(3), "x": here()}
+    with pytest.raises(mlstor.UsageError, match=r"state\['x'\]: " + words):
+        load(path, into=into)
+    assert not into["a"].any()
+
+
+def test_sparse_tensors_of_other_numbers_of_elements_are_filled(path: pathlib.Path) -> None:
+    save({"x": torch.eye(4).to_sparse()}, path)
+    into = {"x": torch.ones(4, 4).to_sparse()}
+    load(path, into=into)
+    assert torch.equal(into["x"].to_dense(), torch.eye(4))
+
+
+def test_jagged_tensors_are_filled_in_place(path: pathlib.Path) -> None:
+    def jagged(value: float) -> Any:
+        parts = [torch.full((2, 3), value), torch.full((4, 3), value)]
+        return torch.nested.nested_tensor(parts, layout=torch.jagged)
+
+    save({"x": jagged(5)}, path)
+    into = {"x": jagged(0)}
+    place = into["x"].values().data_ptr()
+    load(path, into=into, weights_only=False)
+    assert (into["x"].values() == 5).all()
+    assert into["x"].values().data_ptr() == place
+
+
+def test_a_wrapper_is_no_place_for_a_plain_tensor(path: pathlib.Path) -> None:
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    save({"a": torch.ones(3), "x": torch.ones(2)}, path)
+    into = {"a": torch.zeros(3), "x": TwoTensor(torch.zeros(2), torch.zeros(2))}
+    with pytest.raises(mlstor.UsageError, match=r"state\['x'\]: Tensor in the file, TwoTensor here"):
+        load(path, into=into)
+    assert not into["a"].any()
+    save({"a": torch.ones(3), "x": TwoTensor(torch.ones(2), torch.full((2,), 2.0))}, path)
+    load(path, into=into, weights_only=False)
+    assert into["a"].all()
+    assert torch.equal(into["x"].a, torch.ones(2))
+    assert torch.equal(into["x"].b, torch.full((2,), 2.0))
+
+
+def test_a_state_that_holds_itself_is_refused_in_words(path: pathlib.Path) -> None:
+    state: dict[str, Any] = {"w": torch.ones(3)}
+    state["self"] = state
+    save(state, path)
+    into: dict[str, Any] = {"w": torch.zeros(3)}
+    into["self"] = into
+    with pytest.raises(mlstor.UsageError, match="a state holds itself"):
+        load(path, into=into)
+    assert not into["w"].any()
 
 
 def test_a_long_list_of_differences_is_cut(path: pathlib.Path) -> None:
@@ -140,9 +262,15 @@ def test_a_long_list_of_differences_is_cut(path: pathlib.Path) -> None:
 @pytest.mark.parametrize("kind", ["scalar", "quantized"])
 def test_places_without_memory_are_refused(path: pathlib.Path, kind: str) -> None:
     # What a model made on the meta device has: a copy to it would do nothing, silently.
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
     save({"real": torch.ones(4), "w": torch.ones(3), "x": KINDS[kind](5)}, path)
     into = {"real": torch.zeros(4), "w": torch.empty(3, device="meta"), "x": KINDS[kind](6)}
     with pytest.raises(mlstor.UsageError, match=r"state\['w'\] is on the meta device here.*"):
+        load(path, into=into)
+    with FakeTensorMode():
+        into["w"] = torch.zeros(3)
+    with pytest.raises(mlstor.UsageError, match=r"state\['w'\] is a fake tensor here.*"):
         load(path, into=into)
     assert not into["real"].any()
 
@@ -169,6 +297,29 @@ def test_memory_that_is_shared_here_only_is_refused(path: pathlib.Path) -> None:
     assert not one.any()
 
 
+@pytest.mark.parametrize("kind", ["quantized", "sparse", "nested", "csr"])
+def test_memory_that_is_shared_here_only_is_refused_where_the_state_is_copied_too(
+    path: pathlib.Path, kind: str
+) -> None:
+    # States with such tensors are loaded beside `into`.
+    special = KINDS[kind]
+    save({"a": torch.ones(4), "b": torch.full((4,), 2.0), "x": special(1), "y": special(2)}, path)
+    one, apart = torch.zeros(6), torch.zeros(4)
+    for into in (
+        {"a": one[:4], "b": one[2:], "x": special(3), "y": special(3)},
+        {"a": one[:4], "b": apart, **dict.fromkeys(("x", "y"), special(3))},
+    ):
+        with pytest.raises(mlstor.UsageError, match="share memory here, but not in the file"):
+            load(path, into=into)
+        assert not one.any()
+    whole, tied = torch.arange(4.0), special(1)
+    save({"a": whole, "b": whole[1:], "x": tied, "y": tied}, path)
+    place, here = torch.zeros(4), special(5)
+    load(path, into={"a": place, "b": place[1:], "x": here, "y": here})
+    assert torch.equal(place, whole)
+    assert_same(tied, here)
+
+
 def test_memory_that_is_shared_in_the_file_only_is_filled_twice(path: pathlib.Path) -> None:
     for numel in (4, MIB):
         one = bits(3, torch.int16, (numel,))
@@ -186,7 +337,7 @@ def test_one_large_storage_of_many_views_is_read_straight(path: pathlib.Path, mo
     save({"a": flat[: MIB // 2], "b": flat[MIB // 2 :]}, path)
     place = torch.zeros(MIB + 10, dtype=torch.int16)[5:-5]
     monkeypatch.setattr(
-        "mlstor.torch.into.allocate", lambda sizes: pytest.fail("memory was made") if list(sizes) else []
+        "mlstor.torch.devices.allocate", lambda sizes: pytest.fail("memory was made") if list(sizes) else []
     )
     load(path, into={"a": place[: MIB // 2], "b": place[MIB // 2 :]})
     assert torch.equal(place, flat)

@@ -14,7 +14,7 @@ from torch_support import MIB, assert_same, bits, content, torch
 
 import mlstor
 from mlstor.blob.target import open_blob
-from mlstor.torch import load, save
+from mlstor.torch import CheckpointDirectory, ObjectDataset, load, load_safetensors, save, save_safetensors
 
 
 def state_of(seed: int) -> dict[str, Any]:
@@ -64,6 +64,35 @@ def test_a_url_is_enough(weed: Weed, store: Any) -> None:  # noqa: F811
     assert torch.equal(load(url, options=options), state_of(5)["small"])
     with pytest.raises(FileNotFoundError, match=r"none\.pt"):
         load(f"{store.url.rstrip('/')}/none.pt", options=options)
+
+
+def test_safetensors_in_a_bucket_are_loaded_verified_and_read_by_the_package(store: Any) -> None:
+    package = pytest.importorskip("safetensors.torch")
+    state = {"w": bits(1, torch.bfloat16, (10 * MIB,)), "b": bits(2, torch.float32, (9, 4))}
+    save_safetensors(state, "run/model.safetensors", {"format": "pt"}, store=store)
+    whole = bytearray(stored(store, "run/model.safetensors"))
+    for found in (load_safetensors("run/model.safetensors", store=store), package.load(bytes(whole))):
+        assert_same(dict(sorted(state.items())), dict(sorted(found.items())))
+    into = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
+    load_safetensors("run/model.safetensors", store=store, into=into)
+    assert_same(state, into)
+    whole[-5] ^= 1
+    store.write("run/model.safetensors", bytes(whole))
+    with pytest.raises(mlstor.CorruptionError, match=r"model\.safetensors: tensor '.*' \(bytes \d+ to"):
+        load_safetensors("run/model.safetensors", store=store)
+
+
+def test_a_bucket_that_is_not_there_is_said(weed: Weed) -> None:  # noqa: F811
+    url, options = "s3://no-such-bucket/x.pt", {"endpoint": weed.endpoint, "anonymous": True}
+    for call in (
+        lambda: save(state_of(1)["small"], url, options=options),
+        lambda: load(url, options=options),
+        lambda: load_safetensors("s3://no-such-bucket/x.safetensors", options=options),
+        lambda: ObjectDataset("s3://no-such-bucket/x", options=options),
+        lambda: CheckpointDirectory("s3://no-such-bucket/x", options=options).latest(),
+    ):
+        with pytest.raises(OSError, match=r"no-such-bucket"):
+            call()
 
 
 def test_the_old_format_comes_from_an_object_too(store: Any, tmp_path: pathlib.Path) -> None:

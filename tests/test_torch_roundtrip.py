@@ -6,6 +6,7 @@ import io
 import pathlib
 import pickle
 import shutil
+import sys
 import zipfile
 from typing import Any
 
@@ -174,6 +175,48 @@ def test_the_same_memory_as_two_types_is_refused_and_named(path: pathlib.Path) -
     tensor = torch.zeros(8)
     with pytest.raises(UsageError, match="different types"):
         save([tensor, tensor.view(torch.int32)], path)
+
+
+class Marked(torch.Tensor):  # type: ignore[misc]
+    """A subclass with memory and an attribute of its own."""
+
+
+def test_subclasses_survive_both_ways(path: pathlib.Path) -> None:
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    marked = bits(1, torch.float32, (5, 4)).as_subclass(Marked)
+    marked.note = "of a kind"
+    state = {"marked": marked, "wrapper": TwoTensor(bits(2, torch.float32, (3,)), bits(3, torch.float32, (3,)))}
+    for write, read in ((save, torch.load), (torch.save, load), (save, load)):
+        write(state, path)
+        with pytest.raises(pickle.UnpicklingError):
+            read(path)
+        with torch.serialization.safe_globals([Marked, TwoTensor]):
+            found = [read(path), read(path, weights_only=False)]
+        for loaded in found:
+            assert type(loaded["marked"]) is Marked
+            assert loaded["marked"].note == "of a kind"
+            assert torch.equal(loaded["marked"].as_subclass(torch.Tensor), marked.as_subclass(torch.Tensor))
+            assert type(loaded["wrapper"]) is TwoTensor
+            assert torch.equal(loaded["wrapper"].a, state["wrapper"].a)
+            assert torch.equal(loaded["wrapper"].b, state["wrapper"].b)
+
+
+def test_a_big_endian_host_is_refused_clearly(path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlstor import UsageError
+    from mlstor.torch import async_save, load_safetensors, save_safetensors
+
+    path.unlink(missing_ok=True)
+    monkeypatch.setattr(sys, "byteorder", "big")
+    state = {"a": torch.ones(3)}
+    with pytest.raises(UsageError, match=r"little-endian files only: use torch\.save"):
+        save(state, path)
+    with pytest.raises(UsageError, match="little-endian"):
+        async_save(state, path)
+    for call in (lambda: save_safetensors(state, path), lambda: load_safetensors(path)):
+        with pytest.raises(UsageError, match="use the safetensors package"):
+            call()
+    assert not path.exists()
 
 
 @pytest.mark.parametrize("name", ["model.best.pt", "plain", "müller.pt"])

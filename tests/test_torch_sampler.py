@@ -232,6 +232,12 @@ def test_what_does_not_fit_is_refused_in_words() -> None:
         EpochSampler(N, rank=0, world_size=1).load_state_dict({"epoch": 1})
     with pytest.raises(UsageError, match="nothing to sample"):
         EpochSampler(0)
+    for data in (5.0, iter([1])):
+        with pytest.raises(UsageError, match="a dataset with a length"):
+            EpochSampler(data)  # type: ignore[arg-type]
+    for state_of_none in (5, [], "x"):
+        with pytest.raises(UsageError, match="is no state"):
+            EpochSampler(N, rank=0, world_size=1).load_state_dict(state_of_none)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="rank 2"):
         EpochSampler(N, rank=2, world_size=2)
     with pytest.raises(UsageError, match="both"):

@@ -26,6 +26,17 @@ _LEGACY_MAGIC_TEXT = b"L119547037146038801333356L\n"
 Kind = Literal["zip", "legacy", "tar", "unknown"]
 
 
+class RecordError(CorruptionError):
+    """A record whose local header is damaged; `record` is its name, without the archive's."""
+
+    def __init__(self, message: str, record: str) -> None:
+        super().__init__(message)
+        self.record = record
+
+    def __reduce__(self) -> tuple[type[RecordError], tuple[str, str]]:
+        return RecordError, (str(self), self.record)
+
+
 class Entry(NamedTuple):
     """A record as the directory describes it."""
 
@@ -255,7 +266,7 @@ def local_offset(entry: Entry, stem: str, head: bytes | memoryview, name: str) -
 
     Raises
     ------
-    CorruptionError
+    RecordError
         Header and directory contradict each other, or the data would reach into the next record.
     """
     full = f"{stem}/{entry.name}".encode(errors="surrogateescape")
@@ -279,8 +290,9 @@ def local_offset(entry: Entry, stem: str, head: bytes | memoryview, name: str) -
     return start
 
 
-def _damaged(entry: Entry, name: str, how: str) -> CorruptionError:
-    return CorruptionError(f"{name}: record {entry.name!r}: the local header at offset {entry.header_offset} {how}")
+def _damaged(entry: Entry, name: str, how: str) -> RecordError:
+    text = f"{name}: record {entry.name!r}: the local header at offset {entry.header_offset} {how}"
+    return RecordError(text, entry.name)
 
 
 def data_offsets(
@@ -298,7 +310,7 @@ def data_offsets(
 
     Raises
     ------
-    CorruptionError
+    RecordError
         As `local_offset`.
     """
     entries, stem = directory.entries.values(), directory.stem

@@ -113,8 +113,13 @@ def indices_of(indices: Sequence[int], count: int) -> NDArray[np.uint64]:
     ------
     IndexError
         If one is below zero or not below `count`.
+    TypeError
+        If one is no whole number.
     """
-    numbers = np.asarray(indices, np.int64).reshape(-1)
+    given = np.asarray(indices)
+    if given.dtype.kind not in "iu":
+        raise TypeError(f"samples are asked for by whole numbers, not by {indices!r}")
+    numbers = given.astype(np.int64).reshape(-1)
     wrong = numbers[(numbers < 0) | (numbers >= count)]
     if len(wrong):
         raise IndexError(f"sample {int(wrong[0])} of {count}")

@@ -10,6 +10,7 @@ import contextlib
 import io
 import os
 import pickle
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from types import ModuleType
@@ -17,6 +18,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import _weights_only_unpickler, serialization
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from mlstor.errors import UsageError
 
@@ -181,6 +183,26 @@ def location_of(storage: Any) -> str:
     """The name of a storage's device, as a pickle says it."""
     tag: Any = serialization.location_tag
     return str(tag(storage))
+
+
+def is_wrapper(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is of a subclass that has no memory of its own but holds other tensors, as DTensor."""
+    answer: Any = is_traceable_wrapper_subclass
+    return bool(answer(tensor))
+
+
+def is_fake(tensor: torch.Tensor) -> bool:
+    """Whether a tensor was made in FakeTensorMode: it has no memory, whatever device it names."""
+    module: Any = sys.modules.get("torch._subclasses.fake_tensor")
+    return module is not None and isinstance(tensor, module.FakeTensor)
+
+
+def inner(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The tensors that a wrapper holds."""
+    wrapper: Any = tensor
+    names, _ = wrapper.__tensor_flatten__()
+    held = [getattr(wrapper, name) for name in names]  # a DTensor's mesh is among them
+    return [one for one in held if isinstance(one, torch.Tensor)]
 
 
 class Holder:

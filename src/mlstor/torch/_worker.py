@@ -102,6 +102,8 @@ class Place:
 
     def __init__(self, source: str | os.PathLike[str] | Store, options: Mapping[str, Any] | None) -> None:
         self._source = os.fspath(source) if isinstance(source, os.PathLike) else source
+        if not isinstance(self._source, str) and not hasattr(self._source, "transfers"):
+            raise UsageError(f"a dataset's source is a path, a URL or a store, not {type(source).__name__}")
         if options and not isinstance(self._source, str):
             raise UsageError("options are for a URL: a store that was opened already has its own")
         self._options = dict(options or {})

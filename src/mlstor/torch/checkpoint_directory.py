@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import json
+import operator
 import os
 import re
 import threading
@@ -27,7 +28,7 @@ from mlstor.formats.scrub import scrub
 from mlstor.formats.zip_directory import read_directory
 from mlstor.operations import TEMPORARY_SUFFIX, is_leftover
 from mlstor.torch.loading import load
-from mlstor.torch.saving import opening, save_to
+from mlstor.torch.saving import name_of, opening, save_to
 from mlstor.torch.saving_async import AsyncSave, begin
 
 if TYPE_CHECKING:
@@ -109,14 +110,14 @@ class CheckpointDirectory:
         store: Store | None = None,
         options: Mapping[str, Any] | None = None,
     ) -> None:
-        if keep < 0:
+        if not isinstance(keep, int) or keep < 0:
             raise UsageError(f"keep={keep}: give how many checkpoints stay, or 0 for all")
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", prefix):
             raise UsageError(f"prefix={prefix!r}: use letters, digits, '_', '.' and '-'")
         self.keep = keep
         self.prefix = prefix
         self._how = {"engine": engine, "store": store, "options": options}
-        self._directory = open_directory(path_or_url, engine=engine, **opening(store, options))
+        self._directory = open_directory(name_of(path_or_url), engine=engine, **opening(store, options))
         place = self._directory.name
         self._place = place if "://" in place else os.path.abspath(place)
         self._name = re.compile(re.escape(prefix) + r"-([0-9]{8,})(?:\.[0-9]+)?\.pt")
@@ -149,6 +150,7 @@ class CheckpointDirectory:
         OSError
             If the storage fails; the checkpoints that were there are still there.
         """
+        step = _number(step)
         data = self._begin(step)
         try:
             blob = self._directory.blob(data)
@@ -166,6 +168,7 @@ class CheckpointDirectory:
         AsyncSave
             Done when the checkpoint is committed, and what is beyond `keep` removed.
         """
+        step = _number(step)
         data = self._begin(step)
         try:
             blob = self._directory.blob(data)
@@ -290,8 +293,6 @@ class CheckpointDirectory:
 
     def _begin(self, step: int) -> str:
         """A name for the data that nothing has: a valid checkpoint is never written over. `_end` frees it."""
-        if step < 0:
-            raise UsageError(f"step={step}: give a number from 0 on")
         self._directory.make()
         names = self._clean(self._directory.names(), [])
         newest = max(self._markers(names), default=-1)
@@ -377,6 +378,13 @@ class CheckpointDirectory:
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise CorruptionError(f"{blob.name}: the marker is damaged ({error})") from None
         return marker
+
+
+def _number(step: int) -> int:
+    """A step that JSON takes: NumPy's and torch's integers are none."""
+    if not hasattr(step, "__index__") or operator.index(step) < 0:
+        raise UsageError(f"step={step!r}: give a whole number from 0 on")
+    return operator.index(step)
 
 
 def _publish_bytes(blob: Blob, data: bytes) -> None:

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 from mlstor.blob.memory import view
 from mlstor.errors import CorruptionError, UsageError
-from mlstor.torch import _stock, walk
+from mlstor.torch import _stock, devices, walk
 from mlstor.torch.archive import Archive, Target
-from mlstor.torch.records import Unpickling, described_in, outline, settle
-from mlstor.torch.storages import allocate
+from mlstor.torch.records import Unpickling, described_in, fetch, outline
 from mlstor.torch.walk import Pair
 
-#: Bytes of records that are in memory beside the state at one time.
-_SCRATCH_BYTES = 256 << 20
 _LISTED = 20
 _UNDEFINED = "The content of `into` is undefined now: load an older checkpoint into it before it is used"
 
@@ -43,14 +40,18 @@ class _Copy(NamedTuple):
         start, end = self.span()
         return end - start == self.source.numel() * self.source.element_size()
 
+    def address(self) -> int:
+        """The one that the record would have if the place were its part."""
+        return self.place.data_ptr() - self.start_nbytes()
+
     def base(self) -> int | None:
-        """The address that the record would have if the place were its part; None if the bytes can't go there as is."""
+        """As `address`; None if the bytes can't go there as is."""
         place = self.place
         if place.device.type != "cpu" or not walk.is_ordinary(place):
             return None
         if place.is_conj() != self.source.is_conj() or place.is_neg() != self.source.is_neg():
             return None
-        return place.data_ptr() - self.start_nbytes()
+        return self.address()
 
     def take(self, storage: torch.UntypedStorage) -> None:
         """Copy from a storage that holds the record."""
@@ -94,7 +95,7 @@ def load_into(archive: Archive, into: Any, how: Unpickling, load: Callable[[], A
         tree, records = outline(archive, contents["data.pkl"], how)
     except NotImplementedError:  # quantized and nested tensors have no form on the meta device
         return copy_into(load(), into, archive.name)
-    if contents.get("byteorder", b"little") != b"little" or not all(walk.is_ordinary(x) for _, x in walk.leaves(tree)):
+    if contents.get("byteorder", b"little") != b"little" or not _is_ordinary(tree):
         return copy_into(load(), into, archive.name)
     pairs = _agree(tree, into, archive.name)
     _refuse_meta([place for place in pairs if walk.record_number(place.wanted) is not None], archive.name)
@@ -112,8 +113,12 @@ def load_into(archive: Archive, into: Any, how: Unpickling, load: Callable[[], A
 
 def _refuse_meta(pairs: Sequence[Pair], name: str) -> None:
     """Refuse places without memory for what the file has bytes of: a copy to them does nothing, and says nothing."""
-    without = [place.path for place in pairs if isinstance(place.found, torch.Tensor) and place.found.is_meta]
-    _refuse([f"{path} is on the meta device here, which has no memory" for path in without], name)
+    without = []
+    for place in pairs:
+        if isinstance(place.found, torch.Tensor) and (place.found.is_meta or _stock.is_fake(place.found)):
+            kind = "a fake tensor" if _stock.is_fake(place.found) else "on the meta device"
+            without.append(f"{place.path} is {kind} here, which has no memory")
+    _refuse(without, name)
 
 
 def _check_size(archive: Archive, record: str, tensor: torch.Tensor) -> None:
@@ -124,8 +129,18 @@ def _check_size(archive: Archive, record: str, tensor: torch.Tensor) -> None:
         )
 
 
+def _is_ordinary(tree: Any) -> bool:
+    try:
+        return all(walk.is_ordinary(leaf) for _, leaf in walk.leaves(tree))
+    except RecursionError:  # which is refused where it is compared
+        return False
+
+
 def _agree(tree: Any, into: Any, name: str) -> list[Pair]:
-    pairs, differences = walk.pair(tree, into)
+    try:
+        pairs, differences = walk.pair(tree, into)
+    except RecursionError:
+        raise UsageError(f"{name} does not fit into=: a state holds itself, or is nested too deeply") from None
     _refuse(differences, name)
     return pairs
 
@@ -142,19 +157,22 @@ def _refuse_conflicts(copies: dict[str, list[_Copy]], name: str) -> None:
     spans = []
     for record, owned in copies.items():
         for copy in owned:
-            base = copy.base()
-            if base is not None:
-                start, end = copy.span()
-                spans.append((base + start, base + end, record, base, copy.path))
+            base = copy.address()
+            start, end = copy.span()
+            spans.append((base + start, base + end, record, base, copy.path))
     spans.sort()
     differences = []
     last = None
     for span in spans:
         if last is not None and span[0] < last[1] and span[2:4] != last[2:4]:
-            differences.append(f"{last[4]} and {span[4]} share memory here, but not in the file")
+            differences.append(_shared(last[4], span[4]))
         if last is None or span[1] > last[1]:
             last = span
     _refuse(differences, name)
+
+
+def _shared(one: str, other: str) -> str:
+    return f"{one} and {other} share memory here, but not in the file"
 
 
 def _fill(archive: Archive, copies: dict[str, list[_Copy]], how: Unpickling) -> None:
@@ -169,23 +187,17 @@ def _fill(archive: Archive, copies: dict[str, list[_Copy]], how: Unpickling) -> 
     # What no tensor refers to is read to be verified, and dropped
     dropped = [record for record in archive.directory.entries if record not in copies]
     targets = [Target(record, base) for record, base in straight.items()] + [Target(record, 0) for record in dropped]
-    settle(archive, _fetched(archive, targets, copies), how, _UNDEFINED)
+    fetch(archive, targets, copies, how, _UNDEFINED)
     for record, base in straight.items():
         _alias(copies[record], base, archive.entry(record).nbytes)
-    for some in _batches(archive, indirect):
-        storages = allocate(archive.entry(record).nbytes for record in some)
-        places = [Target(record, storage.data_ptr()) for record, storage in zip(some, storages, strict=True)]
-        settle(archive, _fetched(archive, places, storages), how, _UNDEFINED)
-        for record, storage in zip(some, storages, strict=True):
-            for copy in copies[record]:
-                copy.take(storage)
-
-
-def _fetched(archive: Archive, targets: Sequence[Target], keep: object) -> list[str]:
-    try:
-        return archive.fetch(targets, keep)
-    except CorruptionError as error:  # a local header: other records may have been read by then
-        raise CorruptionError(f"{error}. {_UNDEFINED}") from None
+    for some in devices.batches(archive, indirect):
+        pinned = any(devices.passes(copy.place.device) for record in some for copy in copies[record])
+        with devices.host_storages(archive, some, pinned=pinned) as storages:
+            places = [Target(record, storage.data_ptr()) for record, storage in zip(some, storages, strict=True)]
+            fetch(archive, places, storages, how, _UNDEFINED)
+            for record, storage in zip(some, storages, strict=True):
+                for copy in copies[record]:
+                    copy.take(storage)
 
 
 def _whole(owned: Sequence[_Copy], nbytes: int) -> int | None:
@@ -210,35 +222,37 @@ def _alias(owned: Sequence[_Copy], base: int, nbytes: int) -> None:
             copy.take(storage)
 
 
-def _batches(archive: Archive, records: Sequence[str]) -> Iterator[list[str]]:
-    some: list[str] = []
-    nbytes = 0
-    for record in records:
-        size = archive.entry(record).nbytes
-        if some and nbytes + size > _SCRATCH_BYTES:
-            yield some
-            some, nbytes = [], 0
-        some.append(record)
-        nbytes += size
-    if some:
-        yield some
-
-
 def _finish(pairs: Sequence[Pair]) -> None:
     """Tell autograd of the tensors that were written, and set the values that are no tensors."""
     for place in pairs:
         if isinstance(place.found, torch.Tensor):
             _stock.changed(place.found)
-        elif place.holder is not None and not isinstance(place.holder, tuple):
+        elif walk.can_be_set(place):
             place.holder[place.key] = place.wanted
 
 
 def copy_into(loaded: Any, into: Any, name: str) -> Any:
     """Fill `into` from a state that was loaded beside it; `UsageError` as `load_into`."""
     pairs = _agree(loaded, into, name)
-    _refuse_meta([p for p in pairs if isinstance(p.wanted, torch.Tensor) and not p.wanted.is_meta], name)
-    for place in pairs:
-        if isinstance(place.found, torch.Tensor) and not place.wanted.is_meta:
-            _assign(place.found, place.wanted)
+    tensors = [pair for pair in pairs if isinstance(pair.wanted, torch.Tensor) and not pair.wanted.is_meta]
+    _refuse_meta(tensors, name)
+    copies: dict[str, list[_Copy]] = {}
+    twice: dict[int, Pair] = {}  # sparse tensors get new memory: only the very same one can be filled twice
+    differences = []
+    for pair in tensors:
+        other = twice.setdefault(id(pair.found), pair)
+        if pair.found.is_sparse and other.wanted is not pair.wanted:
+            differences.append(_shared(other.path, pair.path))
+        for source, place in zip(walk.parts(pair.wanted), walk.parts(pair.found), strict=True):
+            if source.numel():
+                storage = str(source.untyped_storage()._cdata)
+                copies.setdefault(storage, []).append(_Copy(pair.path, source, place))
+    _refuse(differences, name)
+    _refuse_conflicts(copies, name)
+    for pair in tensors:
+        try:
+            _assign(pair.found, pair.wanted)
+        except RuntimeError as error:  # a subclass's own rules
+            raise UsageError(f"{name}: {pair.path} can't be filled: {error}. {_UNDEFINED}") from error
     _finish(pairs)
     return into

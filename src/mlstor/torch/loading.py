@@ -6,7 +6,7 @@ import io
 import os
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -14,12 +14,12 @@ import torch
 
 from mlstor.blob.target import open_blob
 from mlstor.blob.types import require_same
-from mlstor.errors import UsageError
+from mlstor.errors import CorruptionError, UsageError
 from mlstor.formats.zip_directory import kind_of
-from mlstor.torch import _stock
+from mlstor.torch import _stock, devices
 from mlstor.torch.archive import Archive, Target, address_of
 from mlstor.torch.into import copy_into, load_into
-from mlstor.torch.records import Records, Unpickling, described_in, on_meta, settle
+from mlstor.torch.records import Records, Unpickling, described_in, fetch, on_meta
 from mlstor.torch.saving import name_of, opening
 from mlstor.torch.storages import allocate
 
@@ -116,10 +116,15 @@ def load(
         if verifies:
             _warn_unverified(f"{name}: the format of torch before 1.6 holds no CRCs")
         # torch opens a tar by its path only
-        state = loading.by_torch(mapped, io.BytesIO(blob.read(0, info.nbytes)) if remote and kind == "legacy" else None)
+        source = io.BytesIO(blob.read(0, info.nbytes)) if remote and kind == "legacy" else None
+        state = _whole(name, lambda: loading.by_torch(mapped, source))
         return state if into is None else copy_into(state, into, name)
     try:
         archive = Archive(blob, info, verify=verifies)
+    except CorruptionError as error:
+        if kind != "unknown":
+            raise
+        raise CorruptionError(f"{error} Its beginning is not that of a file of torch.save either") from None
     except UsageError:
         if remote or into is not None or not _is_program(name):
             raise
@@ -143,6 +148,16 @@ def load(
 
 #: Enough to tell a tar, whose magic is at 257.
 _HEAD_BYTES = 512
+
+
+def _whole(name: str, load: Callable[[], Any]) -> Any:
+    """What torch makes of a file of the old format; that it ends too early is told with its name."""
+    try:
+        return load()
+    except (EOFError, RuntimeError) as error:
+        if isinstance(error, EOFError) or "unexpected EOF" in str(error):
+            raise CorruptionError(f"{name}: the file ends early: was its writer interrupted?") from error
+        raise
 
 
 def _is_program(path: str) -> bool:
@@ -186,7 +201,7 @@ class _Loading:
     def check(self, archive: Archive) -> None:
         """Verify all records without keeping them."""
         if archive.verifies:
-            settle(archive, archive.fetch([Target(record, 0) for record in archive.directory.entries], None), self.how)
+            fetch(archive, [Target(record, 0) for record in archive.directory.entries], None, self.how)
 
     def zip(self, archive: Archive) -> Any:
         if _stock.is_meta(self._map_location):
@@ -194,12 +209,16 @@ class _Loading:
             archive.find_offsets()
             return on_meta(archive, pickled, archive.offsets, self.how)
         entries = archive.directory.entries
-        data = [record for record in entries if record.startswith("data/")]
+        elsewhere = devices.storages_elsewhere(archive, self._map_location)
+        data = [record for record in entries if record.startswith("data/") and record not in elsewhere]
         storages = dict(zip(data, allocate(entries[record].nbytes for record in data), strict=True))
-        others = {record: bytearray(entry.nbytes) for record, entry in entries.items() if record not in storages}
+        others = {r: bytearray(e.nbytes) for r, e in entries.items() if r not in storages and r not in elsewhere}
         targets = [Target(record, storage.data_ptr()) for record, storage in storages.items()]
         targets += [Target(record, address_of(buffer)) for record, buffer in others.items()]
-        settle(archive, archive.fetch(targets, (storages, others)), self.how)
+        fetch(archive, targets, (storages, others), self.how)
+        if elsewhere:
+            devices.fill(archive, elsewhere, self.how)
+            storages |= elsewhere
         contents = {record: bytes(others[record]) for record in described_in(archive)}
         reader = Records(archive, contents, storages, archive.offsets)
         return _stock.rebuild(reader, self._map_location, self.how.module, self.how.arguments)

@@ -9,8 +9,10 @@ from typing import Any, NamedTuple
 import torch
 
 from mlstor.errors import CorruptionError
+from mlstor.formats.inert_pickle import tensor_names
+from mlstor.formats.zip_directory import RecordError
 from mlstor.torch import _stock, walk
-from mlstor.torch.archive import Archive
+from mlstor.torch.archive import Archive, Target
 
 
 class Unpickling(NamedTuple):
@@ -110,25 +112,49 @@ def outline(archive: Archive, pickled: bytes, how: Unpickling) -> tuple[Any, lis
 
 def owners(archive: Archive, how: Unpickling) -> dict[str, list[str]]:
     """The names of the tensors in each record; empty if they can't be found out."""
+    pickled = archive.read(["data.pkl"])["data.pkl"]
     try:
-        tree, records = outline(archive, archive.read(["data.pkl"])["data.pkl"], how)
-    except Exception:  # quantized tensors, classes that are not allowed: the caller tells the damage without names
-        return {}
+        tree, records = outline(archive, pickled, how)
+        leaves = list(walk.leaves(tree))
+    except Exception:  # quantized tensors, classes that are not allowed: a name for each stands in the pickle itself
+        return _owners_said(pickled)
     found: dict[str, list[str]] = {}
-    for path, leaf in walk.leaves(tree):
+    for path, leaf in leaves:
         number = walk.record_number(leaf)
         if number is not None:
             found.setdefault(records[number], []).append(path)
     return found
 
 
-def settle(archive: Archive, damaged: Sequence[str], how: Unpickling, advice: str = "") -> None:
-    """Raise for damaged records, with the names of the tensors that lie in them.
+def _owners_said(pickled: bytes) -> dict[str, list[str]]:
+    try:
+        return {f"data/{key}": [path] for key, path in tensor_names(pickled).items()}
+    except ValueError:  # no pickle as torch's: the damage is told without names
+        return {}
+
+
+def fetch(archive: Archive, targets: Sequence[Target], keep: object, how: Unpickling, advice: str = "") -> None:
+    """`Archive.fetch`, with an error for damaged records that names the tensors in them, and ends with `advice`.
 
     Raises
     ------
     CorruptionError
-        If `damaged` is not empty.
+        If a record or its local header is not what was written.
     """
+    try:
+        damaged = archive.fetch(targets, keep)
+    except RecordError as error:
+        owner = ", ".join(_owners(archive, [error.record], how).get(error.record, ())[:_NAMED])
+        of_tensor = f" (tensor {owner})" if owner else ""
+        raise CorruptionError(f"{error}{of_tensor}{'. ' if advice else ''}{advice}") from None
     if damaged:
-        raise archive.damage(damaged, {} if "data.pkl" in damaged else owners(archive, how), advice)
+        raise archive.damage(damaged, _owners(archive, damaged, how), advice)
+
+
+#: How many tensors of a record whose header is damaged a message names.
+_NAMED = 4
+
+
+def _owners(archive: Archive, damaged: Sequence[str], how: Unpickling) -> dict[str, list[str]]:
+    """As `owners`; none if the record that tells is damaged itself."""
+    return {} if "data.pkl" in damaged else owners(archive, how)

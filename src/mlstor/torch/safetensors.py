@@ -91,6 +91,8 @@ def save_safetensors(
     if _stock.passes_to_torch():
         raise UsageError("save_safetensors writes real bytes: leave FakeTensorMode and torch's skip_data")
     bytes_per_s = parse_bandwidth(max_bandwidth)
+    if metadata is not None and not isinstance(metadata, Mapping):
+        raise UsageError(f"metadata= takes text by text, as {{'format': 'pt'}}, not {type(metadata).__name__}")
     _check(tensors)
     held = {key: tensor.detach().cpu().resolve_conj().resolve_neg() for key, tensor in tensors.items()}
     layout = lay_out(
@@ -163,6 +165,13 @@ def load_safetensors(
     name = name_of(f)
     if sys.byteorder != "little":
         raise UsageError("safetensors files are little-endian: use the safetensors package on this host")
+    if _stock.passes_to_torch():
+        raise UsageError("load_safetensors reads real bytes: leave FakeTensorMode and torch's skip_data")
+    if into is not None and not isinstance(into, Mapping):
+        raise UsageError(f"into= takes tensors by name, as a state dict has them, not {type(into).__name__}")
+    other = [key for key, tensor in (into or {}).items() if not isinstance(tensor, torch.Tensor)]
+    if other:
+        raise UsageError(f"into= takes tensors alone, and these are none: {_listed(other)}")
     blob = open_blob(name, engine=engine, **opening(store, options))
     info = blob.stat()
     try:
@@ -200,6 +209,11 @@ def load_safetensors(
 
 def _check(tensors: Mapping[str, torch.Tensor]) -> None:
     """Refuse what the format can't hold."""
+    if not isinstance(tensors, Mapping):
+        raise UsageError(f"safetensors files hold tensors by name: give a dict of them, not {type(tensors).__name__}")
+    unnamed = [key for key in tensors if not isinstance(key, str)]
+    if unnamed:
+        raise UsageError(f"names in a safetensors file are text, and these are not: {_listed(unnamed)}; convert them")
     other = [key for key, tensor in tensors.items() if not isinstance(tensor, torch.Tensor)]
     if other:
         raise UsageError(f"safetensors files hold tensors alone, and these are none: {_listed(other)}; use save()")
@@ -257,8 +271,8 @@ def _compare(found: Header, into: Mapping[str, torch.Tensor], name: str) -> None
             differences.append(f"{key!r} has the shape {list(into[key].shape)}, and {list(one.shape)} in the file")
         elif into[key].dtype != _DTYPES[one.dtype]:
             differences.append(f"{key!r} is of {into[key].dtype}, and of {_DTYPES[one.dtype]} in the file")
-        elif into[key].is_meta or into[key].layout != torch.strided:
-            differences.append(f"{key!r} is no dense tensor with memory")
+        elif not _has_memory(into[key]):
+            differences.append(f"{key!r} is no dense tensor with memory of its own (of a DTensor, give to_local())")
         elif any(stride == 0 and size > 1 for size, stride in zip(into[key].shape, into[key].stride(), strict=True)):
             differences.append(f"{key!r} is expanded: several of its elements lie in one place")
     if differences:
@@ -283,6 +297,11 @@ def _destinations(placed: Sequence[Placed], into: Mapping[str, torch.Tensor] | N
     for one, storage in zip(new, allocate(one.nbytes for one in new), strict=True):
         read[one.name] = torch.empty(0, dtype=_DTYPES[one.dtype], device="cpu").set_(storage).view(one.shape)
     return read
+
+
+def _has_memory(tensor: torch.Tensor) -> bool:
+    without = tensor.is_meta or _stock.is_fake(tensor) or _stock.is_wrapper(tensor)
+    return tensor.layout == torch.strided and not (without or tensor.is_nested)
 
 
 def _is_wrapper(tensor: torch.Tensor) -> bool:

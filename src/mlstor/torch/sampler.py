@@ -69,6 +69,11 @@ class EpochSampler(Sampler[int]):
         uneven: Uneven = "exact",
         shuffle: bool = True,
     ) -> None:
+        if not isinstance(data, (int, Sized)):
+            raise UsageError(
+                f"data is a dataset with a length, or a number of samples, not {type(data).__name__} (an "
+                "ObjectIterableDataset has an order of its own)"
+            )
         n = data if isinstance(data, int) else len(data)
         if n < 1:
             raise UsageError("there is nothing to sample: the dataset is empty")
@@ -150,6 +155,8 @@ class EpochSampler(Sampler[int]):
     def _checked(self, state: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> tuple[int, int]:
         if isinstance(state, Mapping):
             saved = State.from_dict(state)
+        elif not isinstance(state, Sequence) or not state or isinstance(state, str):
+            raise UsageError(f"{state!r} is no state: give what state_dict() gave, or a list of all ranks'")
         else:
             saved = State.agree([State.from_dict(one) for one in state])
         saved.check(self._now(0, 0))

@@ -153,14 +153,19 @@ def check_host() -> None:
 
 def opening(store: Store | None, options: Mapping[str, Any] | None) -> dict[str, Any]:
     """What `open_blob` is given for an object store."""
+    if options is not None and not isinstance(options, Mapping):
+        raise UsageError(f"options= takes names and values, as {{'endpoint': URL}}, not {type(options).__name__}")
     return {**({} if store is None else {"store": store}), **(options or {})}
 
 
 def name_of(f: Any) -> str:
     """The path or URL in `f`; file objects are refused."""
-    if isinstance(f, (str, os.PathLike)):
-        return os.fspath(f)
-    raise UsageError(f"give a path or a URL, not {type(f).__name__}; torch.save and torch.load take file objects")
+    if not isinstance(f, (str, os.PathLike)):
+        raise UsageError(f"give a path or a URL, not {type(f).__name__}; torch.save and torch.load take file objects")
+    name = os.fsdecode(f)
+    if not name:
+        raise UsageError("the path is empty: name a file, or the URL of an object")
+    return name
 
 
 def parse_bandwidth(text: str | int | None) -> int:
