@@ -6,7 +6,9 @@ import os
 import pickle
 import shutil
 import subprocess
+import threading
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +152,39 @@ def test_a_save_that_dies_before_its_metadata_leaves_the_old_checkpoint(tmp_path
         save(new, tmp_path)
     assert_same(load(new, tmp_path)[0], new)
     assert names(tmp_path) == [".metadata", "__0_2.distcp", "__0_2.distcp.sums"]
+
+
+@pytest.mark.filterwarnings("ignore:.*there is a checkpoint already")
+def test_whoever_looks_while_it_is_overwritten_finds_a_whole_checkpoint(tmp_path: Path) -> None:
+    save({"w": torch.full((300_000,), 0)}, tmp_path)
+    over, looks, wrong = threading.Event(), [0], list[str]()
+
+    def is_whole(name: str) -> bool:
+        try:
+            return (tmp_path / name).stat().st_size > 2_400_000
+        except FileNotFoundError:
+            return False
+
+    def watch() -> None:
+        while not over.is_set():
+            before = (tmp_path / ".metadata").read_bytes()  # raises if it is not there
+            files = {info.relative_path for info in pickle.loads(before).storage_data.values()}
+            short = [name for name in files if not is_whole(name)]
+            if short and (tmp_path / ".metadata").read_bytes() == before:
+                wrong.extend(short)
+            looks[0] += 1
+
+    with ThreadPoolExecutor(1) as pool:
+        watching = pool.submit(watch)
+        try:
+            for value in range(1, 6):
+                save({"w": torch.full((300_000,), value)}, tmp_path)
+        finally:
+            over.set()
+        watching.result()
+    assert not wrong
+    assert looks[0] > 5
+    assert load({"w": torch.zeros(300_000, dtype=torch.int64)}, tmp_path)[0]["w"].unique().tolist() == [5]
 
 
 def test_overwriting_can_be_refused(tmp_path: Path) -> None:
