@@ -45,9 +45,9 @@ DELAYS: dict[str, float] = {}
 DONE: list[tuple[Op, str]] = []
 
 
-def open(url: str, **options: Any) -> MemoryStore:
+def open(url: str, *, memory: int = 0) -> MemoryStore:
     """What `open_store` calls for ``mem://NAME``."""
-    return MemoryStore(url, **options)
+    return MemoryStore(url, memory)
 
 
 class MemoryStore:
