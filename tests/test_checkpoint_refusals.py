@@ -86,7 +86,7 @@ def test_model_help_lists_the_models(bench: Bench) -> None:
 def test_under_mpirun_the_sentence_is_said_once(bench: Bench, options: list[str], sentence: str) -> None:
     """And not once more for each rank that the launcher stops because rank 0 has left."""
     paths = [] if Path(options[0]).is_absolute() else [bench.target]
-    refused(bench.mpi(8, *options, *paths), sentence)
+    refused(bench.mpi(4, *options, *paths), sentence)
 
 
 def test_under_mpirun_a_wrong_number_of_ranks_is_refused(bench: Bench) -> None:
