@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.metadata
-import os
-import platform
 import random
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import command, contenders as listing, fio, report
+from benchmarks import command, contenders as listing, fio, machine, report
 from benchmarks.child import ROOT, Job
-from benchmarks.fastfs import available_bytes, ram_backed_xfs
+from benchmarks.command import progress
+from benchmarks.fastfs import ram_backed_xfs
 from benchmarks.footprint import Footprint, help_seconds, rank_footprint
 from benchmarks.harness import Contender, Sample, drop_caches, remove, require_uncached, run_rounds
 from mlstor.errors import UsageError
 from mlstor.units import format_gib, parse_size
 
-GRAIN_BYTES = 256 << 20  # 16 blocks of 16 MiB: the coarsest cell of fio's sweep divides it
 # Payloads of memory touched before each contender. Two are needed, page cache and tensors, but free memory is
 # not handed out in the order in which it came back: with two, a plain write loop varied by 1.9 x in six runs,
 # with eight by 1.13 x.
@@ -67,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def compare(options: argparse.Namespace) -> int:
     """Measure what `options` ask for, print and save the report."""
     nbytes = parse_size(options.size)
-    if nbytes < GRAIN_BYTES or nbytes % GRAIN_BYTES:
+    if nbytes < fio.GRAIN_BYTES or nbytes % fio.GRAIN_BYTES:
         raise UsageError(f"--size {options.size} is not a multiple of 256MiB")
     if options.rounds < 1:
         raise UsageError("--rounds must be 1 or more; 5 or more for a figure worth telling")
@@ -88,7 +85,7 @@ def compare(options: argparse.Namespace) -> int:
             progress(f"making a RAM-backed XFS of {format_gib(room_bytes)}")
             base = stack.enter_context(ram_backed_xfs(room_bytes, memory_bytes))
         else:
-            base = require_room(options.dir, room_bytes, memory_bytes)
+            base = machine.require_room(options.dir, room_bytes, memory_bytes)
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mlstor-bench-", dir=base)))
         environment = describe(directory, options, seed, version)
         bound, samples, cells, sweeps = measure(entries, directory, job, options.rounds, seed)
@@ -138,60 +135,19 @@ def measure(
     return bound, run_rounds(bound, rounds, seed, prepare, progress), cells, sweeps
 
 
-def require_room(directory: Path, room_bytes: int, memory_bytes: int) -> Path:
-    """`directory`, if it exists and has the room and the machine the memory."""
-    if not directory.is_dir():
-        raise UsageError(f"{directory} is not a directory; name one on the file system to measure with --dir")
-    status = os.statvfs(directory)
-    free_bytes = status.f_bavail * status.f_frsize
-    if free_bytes < room_bytes:
-        raise UsageError(f"{directory} has {format_gib(free_bytes)} free; this run needs {format_gib(room_bytes)}")
-    available = available_bytes(Path("/proc/meminfo").read_text())
-    if available < memory_bytes:
-        raise UsageError(
-            f"{format_gib(available)} of memory are available and this run needs {format_gib(memory_bytes)}; "
-            "give a smaller --size"
-        )
-    return directory
-
-
 def describe(directory: Path, options: argparse.Namespace, seed: int, fio_version: str) -> dict[str, str]:
-    """Host, versions and parameters; no name of the machine or of directories, as this is published."""
-    info = Path("/proc/cpuinfo").read_text().splitlines()
-    models = [line.split(":")[1].strip() for line in info if line.startswith("model name")]
+    """Host, versions and parameters."""
     text = {
-        "kernel": platform.release().split("-")[0],
-        "CPU": f"{len(os.sched_getaffinity(0))} x {models[0] if models else platform.machine()}",
-        "file system": file_system(directory, Path("/proc/self/mountinfo").read_text()),
+        **machine.describe(directory),
         "size": options.size,
         "rounds": str(options.rounds),
         "seed": str(seed),
         "memory touched": f"{options.touch} x size",
         "caches emptied by": drop_caches([]),
-        "Python": platform.python_version(),
     }
     if fio_version:
         text["fio"] = fio_version.removeprefix("fio-")
-    for name in ("mlstor", "torch", "safetensors"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            text[name] = importlib.metadata.version(name)
-    return text
-
-
-def file_system(directory: Path, mountinfo: str) -> str:
-    """Type of the file system of `directory`, by the longest mount point in `mountinfo` that holds it."""
-    best, kind = "", "unknown"
-    for line in mountinfo.splitlines():
-        fields, _, rest = line.partition(" - ")
-        point = fields.split()[4].replace("\\040", " ")
-        if directory.resolve().is_relative_to(point) and len(point) >= len(best):
-            best, kind = point, rest.split()[0]
-    return kind
-
-
-def progress(text: str) -> None:
-    """One line on standard error."""
-    print(text, file=sys.stderr, flush=True)
+    return text | machine.versions(("mlstor", "torch", "safetensors"))
 
 
 if __name__ == "__main__":

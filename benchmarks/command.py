@@ -1,4 +1,4 @@
-"""How a benchmark's command ends: by itself, by an error in words, or by a signal, with all that it made taken down."""
+"""A benchmark's command: what it says meanwhile, and how it ends: by itself, by an error in words, or by a signal."""
 
 from __future__ import annotations
 
@@ -23,3 +23,8 @@ def run(compare: Callable[[argparse.Namespace], int], options: argparse.Namespac
         return 130
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def progress(text: str) -> None:
+    """One line on standard error."""
+    print(text, file=sys.stderr, flush=True)

@@ -22,6 +22,7 @@ MIB = 1 << 20
 BLOCKS_BYTES = (1 * MIB, 4 * MIB, 16 * MIB)
 DEPTHS = (4, 8, 16)
 ENGINES = ("io_uring", "psync")
+GRAIN_BYTES = 256 * MIB  # 16 blocks of 16 MiB: what the coarsest cell of the sweep divides
 FINALISTS = 3  # run twice more: the best of one look would be the luckiest one
 REGISTERED = ["--fixedbufs=1", "--registerfiles=1"]
 

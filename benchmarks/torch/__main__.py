@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.metadata
-import os
-import platform
 import random
 import sys
 import tempfile
@@ -14,9 +11,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks import command, fio
-from benchmarks.__main__ import GRAIN_BYTES, file_system, progress, require_room
+from benchmarks import command, fio, machine
 from benchmarks.child import ROOT
+from benchmarks.command import progress
 from benchmarks.fastfs import available_bytes, ram_backed_xfs
 from benchmarks.harness import Contender, Sample, drop_caches, remove, require_uncached, run_rounds
 from benchmarks.streams.report import check_publishable
@@ -26,7 +23,7 @@ from benchmarks.torch.job import TorchJob
 from mlstor.errors import UsageError
 from mlstor.units import format_gib, parse_size
 
-TOUCH = 6  # payloads of memory touched before each contender, as benchmarks.__main__ says; fewer where they don't fit
+TOUCH = 6  # payloads of memory touched before each contender, as in benchmarks.__main__; fewer where they don't fit
 HELD = 3  # payloads that a contender holds at most: a state, what was loaded, and the copy that it is compared with
 SIZES = {"disk": "3840MiB", "fast": "1GiB"}
 PACKAGES = (
@@ -70,7 +67,7 @@ def compare(options: argparse.Namespace) -> int:
     kind = "fast" if options.fast else "disk"
     options.size = options.size or SIZES[kind]
     nbytes = parse_size(options.size)
-    if nbytes < GRAIN_BYTES or nbytes % GRAIN_BYTES:
+    if nbytes < fio.GRAIN_BYTES or nbytes % fio.GRAIN_BYTES:
         raise UsageError(f"--size {options.size} is not a multiple of 256MiB")
     if options.rounds < 1 or not 1 <= options.small <= 32767:
         raise UsageError("--rounds must be 1 or more, --small 1 to 32767")  # tensors are told apart by 15 bits
@@ -97,7 +94,7 @@ def compare(options: argparse.Namespace) -> int:
             progress(f"making a RAM-backed XFS of {format_gib(room_bytes)}")
             base = stack.enter_context(ram_backed_xfs(room_bytes, touch_bytes + HELD * nbytes))
         else:
-            base = require_room(options.dir, room_bytes, touch_bytes + HELD * nbytes)
+            base = machine.require_room(options.dir, room_bytes, touch_bytes + HELD * nbytes)
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mlstor-bench-", dir=base)))
         environment = describe(directory, options, seed, version, touch_bytes)
         bound, samples, cells = measure(entries, directory, job, options)
@@ -177,27 +174,19 @@ def sweep(mode: str, path: Path, job: TorchJob) -> fio.Cell:
 
 
 def describe(directory: Path, options: argparse.Namespace, seed: int, fio_version: str, touch: int) -> dict[str, str]:
-    """Host, versions and parameters; no name of the machine or of directories, as this is published."""
-    info = Path("/proc/cpuinfo").read_text().splitlines()
-    models = [line.split(":")[1].strip() for line in info if line.startswith("model name")]
+    """Host, versions and parameters."""
     text = {
-        "kernel": platform.release().split("-")[0],
-        "CPU": f"{len(os.sched_getaffinity(0))} x {models[0] if models else platform.machine()}",
-        "file system": file_system(directory, Path("/proc/self/mountinfo").read_text()),
+        **machine.describe(directory),
         "size": options.size,
         "small tensors": f"{options.small} x {listing.SMALL_BYTES} B",
         "rounds": str(options.rounds),
         "seed": str(seed),
         "memory touched": format_gib(touch),
         "caches emptied by": drop_caches([]),
-        "Python": platform.python_version(),
     }
     if fio_version:
         text["fio"] = fio_version.removeprefix("fio-")
-    for name in PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            text[name] = importlib.metadata.version(name)
-    return text
+    return text | machine.versions(PACKAGES)
 
 
 if __name__ == "__main__":
