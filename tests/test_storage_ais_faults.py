@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 from ais_support import ask_target, batch, bucket, carry_out, read_all, write_all
-from servers.aistore import Cluster, aistore  # noqa: F401
+from servers.aistore import Cluster, aistore, running  # noqa: F401
 
 from mlstor.errors import UsageError
 from mlstor.storage import ais
@@ -188,3 +188,15 @@ def test_cancel_ends_what_waits_for_a_target_at_once(cluster: Cluster) -> None:
             victim.start()
             cluster.wait()
         assert (carry_out(transfers, made, names)["kind"] == Kind.OK).all()
+
+
+@pytest.mark.slow
+def test_a_cluster_of_its_own_is_made_and_ended(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The fixture itself: another cluster beside the shared one, with one target."""
+    with running(tmp_path_factory.mktemp("small"), ntargets=1) as small:
+        with bucket(small) as store:
+            store.write("o", b"x")
+            assert len(store.cluster.targets) == 1
+        url = small.endpoint
+    with pytest.raises(OSError):
+        ais.open("ais://b", endpoint=url, tries=1)
