@@ -18,7 +18,7 @@ from mlstor import cli, verify
 from mlstor.blob.target import open_blob
 from mlstor.errors import CorruptionError, UsageError
 from mlstor.formats import dcp_sidecar
-from mlstor.formats.inert_pickle import tensor_names
+from mlstor.formats.inert_pickle import stored
 from mlstor.formats.scrub import scrub
 
 
@@ -132,11 +132,11 @@ def test_nothing_of_a_pickle_is_carried_out(tmp_path):
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "made"),)
 
-    names = tensor_names(pickled({"evil": Evil(), "w": Tensor("0")}))
-    assert names == {"0": "state['w']"}
+    found = stored(pickled({"evil": Evil(), "w": Tensor("0")}))
+    assert found == {"0": ("state['w']", "cpu")}
     assert not (tmp_path / "made").exists()
     with pytest.raises(ValueError, match="can't be unpickled"):
-        tensor_names(b"\x80\x02}q\x00X")
+        stored(b"\x80\x02}q\x00X")
 
 
 def test_a_directory_is_searched_and_foreign_files_are_left_alone(tmp_path, capsys):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import pickle
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 
 class Inert:
@@ -94,8 +94,17 @@ def read_inert(data: bytes) -> Any:
     return root
 
 
-def tensor_names(data: bytes) -> dict[str, str]:
-    """The first tensor in each storage, as ``state['model']['w']``, by its key: ``0`` for the record ``data/0``.
+class Stored(NamedTuple):
+    """What a pickle says of a storage."""
+
+    #: the first tensor in it, as ``state['model']['w']``
+    tensor: str
+    #: the device on which it was, as ``cpu`` or ``cuda:0``
+    location: str
+
+
+def stored(data: bytes) -> dict[str, Stored]:
+    """The storages that a pickle refers to, by key: ``0`` for the record ``data/0``.
 
     Parameters
     ----------
@@ -107,30 +116,10 @@ def tensor_names(data: bytes) -> dict[str, str]:
     ValueError
         If `data` is no pickle.
     """
-    found: dict[str, str] = {}
+    found: dict[str, Stored] = {}
     for path, reference in _references(read_inert(data)):
-        if len(reference) > 2:  # ("storage", class, key, location, number of elements)
-            found.setdefault(str(reference[2]), path)
-    return found
-
-
-def storage_locations(data: bytes) -> dict[str, str]:
-    """The device on which each storage was, as ``cpu`` or ``cuda:0``, by its key.
-
-    Parameters
-    ----------
-    data
-        The record ``data.pkl`` of torch.save.
-
-    Raises
-    ------
-    ValueError
-        If `data` is no pickle.
-    """
-    found: dict[str, str] = {}
-    for _, reference in _references(read_inert(data)):
         if len(reference) > 3:  # ("storage", class, key, location, number of elements)
-            found[str(reference[2])] = str(reference[3])
+            found.setdefault(str(reference[2]), Stored(path, str(reference[3])))
     return found
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from mlstor.blob.types import require_same
 from mlstor.errors import CorruptionError
 from mlstor.formats.finding import Finding, Status, reason
-from mlstor.formats.inert_pickle import tensor_names
+from mlstor.formats.inert_pickle import stored
 from mlstor.formats.zip_directory import (
     Directory,
     Entry,
@@ -143,10 +143,10 @@ class _Check:
         if described is None:
             return {}
         try:
-            names = tensor_names(self._blob.read(self._extent.offset + described.offset, described.entry.nbytes))
+            found = stored(self._blob.read(self._extent.offset + described.offset, described.entry.nbytes))
         except ValueError:  # of another program's making: the damage is told without the name
             return {}
-        return {f"data/{key}": name for key, name in names.items()}
+        return {f"data/{key}": one.tensor for key, one in found.items()}
 
     def finding(self, one: _Checked, status: Status, tensor: str) -> Finding:
         offset = self._extent.offset + one.offset

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from mlstor.formats.inert_pickle import storage_locations
+from mlstor.formats.inert_pickle import stored
 from mlstor.formats.zip_directory import expected_offset
 from mlstor.torch.archive import Archive, Target
 from mlstor.torch.arena import Arena
@@ -38,12 +38,12 @@ def storages_elsewhere(archive: Archive, map_location: Any) -> dict[str, torch.U
     if described.get("byteorder", b"little") != b"little":
         return {}  # the host swaps the bytes
     try:
-        locations = storage_locations(described["data.pkl"])
+        found = stored(described["data.pkl"])
     except ValueError:  # another pickle module's own: torch copies
         return {}
     made = {}
-    for key, location in locations.items():
-        device = _device(map_location, location)
+    for key, one in found.items():
+        device = _device(map_location, one.location)
         if device is not None and passes(device) and f"data/{key}" in archive.directory.entries:
             nbytes = archive.entry(f"data/{key}").nbytes
             kind: Any = torch.UntypedStorage  # Any: torch types its constructor for no arguments

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from mlstor.errors import CorruptionError
-from mlstor.formats.inert_pickle import tensor_names
+from mlstor.formats.inert_pickle import stored
 from mlstor.formats.zip_directory import RecordError
 from mlstor.torch import _stock, walk
 from mlstor.torch.archive import Archive, Target
@@ -110,8 +110,10 @@ def outline(archive: Archive, pickled: bytes, how: Unpickling) -> tuple[Any, lis
     return on_meta(archive, pickled, numbers, how), records
 
 
-def owners(archive: Archive, how: Unpickling) -> dict[str, list[str]]:
-    """The names of the tensors in each record; empty if they can't be found out."""
+def _owners(archive: Archive, damaged: Sequence[str], how: Unpickling) -> dict[str, list[str]]:
+    """The names of the tensors in each record; none if they can't be found out, or the record that tells is damaged."""
+    if "data.pkl" in damaged:
+        return {}
     pickled = archive.read(["data.pkl"])["data.pkl"]
     try:
         tree, records = outline(archive, pickled, how)
@@ -128,7 +130,7 @@ def owners(archive: Archive, how: Unpickling) -> dict[str, list[str]]:
 
 def _owners_said(pickled: bytes) -> dict[str, list[str]]:
     try:
-        return {f"data/{key}": [path] for key, path in tensor_names(pickled).items()}
+        return {f"data/{key}": [one.tensor] for key, one in stored(pickled).items()}
     except ValueError:  # no pickle as torch's: the damage is told without names
         return {}
 
@@ -153,8 +155,3 @@ def fetch(archive: Archive, targets: Sequence[Target], keep: object, how: Unpick
 
 #: How many tensors of a record whose header is damaged a message names.
 _NAMED = 4
-
-
-def _owners(archive: Archive, damaged: Sequence[str], how: Unpickling) -> dict[str, list[str]]:
-    """As `owners`; none if the record that tells is damaged itself."""
-    return {} if "data.pkl" in damaged else owners(archive, how)
