@@ -6,6 +6,7 @@ heap, and keeps the memory of one out of the figures of the next.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import importlib
@@ -79,10 +80,16 @@ def run_child(function: str, job: Job) -> Sample:
 
 
 def touch_memory(nbytes: int) -> None:
-    """Touch and release `nbytes` of memory, so that whoever allocates next finds it backed by the host."""
+    """Touch and release `nbytes` of memory, so that whoever allocates next finds it backed by the host.
+
+    In huge pages: pieces of 4 KiB come back scattered, and what is made of them then costs the next owner two to five
+    times as much, another amount each time.
+    """
     if nbytes == 0:
         return
-    with mmap.mmap(-1, nbytes) as memory:
+    with mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
+        with contextlib.suppress(OSError):  # a kernel without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
         memory[:: mmap.PAGESIZE] = bytes(-(-nbytes // mmap.PAGESIZE))
 
 

@@ -219,11 +219,11 @@ def test_a_link_stays_and_what_it_leads_to_is_replaced(tmp_path: Path) -> None:
 
 
 def test_what_is_no_file_is_not_replaced_by_one(tmp_path: Path) -> None:
-    # As root a rename over a device such as /dev/null would go well.
     data = noise_array(1000)
     os.mkfifo(tmp_path / "blob")
-    with pytest.raises(UsageError, match="blob is a device, pipe or socket: name a file"):
+    with pytest.raises(OSError, match="device, pipe or socket: name a file") as caught:
         open_blob(tmp_path / "blob").publish(1000, one_piece(data), keep=data)
+    assert (caught.value.errno, caught.value.filename) == (errno.ENXIO, str(tmp_path / "blob"))
     assert (tmp_path / "blob").is_fifo()
     assert os.listdir(tmp_path) == ["blob"]
 

@@ -113,6 +113,16 @@ def test_absent_files_directories_and_a_directory_as_file(engine: Engine, tmp_pa
     assert not leftovers(tmp_path.parent)
 
 
+def test_what_is_no_file_is_not_replaced_by_one(engine: Engine, tmp_path: Path) -> None:
+    # As root a rename over a device such as /dev/null would go well.
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="a device, pipe or socket") as caught:
+        engine.write_file(tmp_path / "pipe", b"x", DURABLE)
+    assert_error(caught.value, errno.ENXIO, tmp_path / "pipe", "name a file")
+    assert (tmp_path / "pipe").is_fifo()
+    assert os.listdir(tmp_path) == ["pipe"]
+
+
 def test_a_directory_that_vanishes_meanwhile(engine: Engine, tmp_path: Path) -> None:
     """The late callback removes the directory between the writes and the rename."""
     directory = tmp_path / "directory"

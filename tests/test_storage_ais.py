@@ -262,7 +262,8 @@ def test_missing_members_of_a_batch_are_marked_or_an_error(cluster: Cluster) -> 
         assert got.missing.tolist() == [False, True, False, True, False, True]
         with pytest.raises(OSError, match="missing") as caught:
             batches.get(asked)
-        assert (caught.value.errno, bool(caught.value.filename)) == (errno.EIO, True)
+        assert caught.value.errno in (errno.EIO, errno.ENOENT)  # it may also only mark them
+        assert caught.value.filename
         with pytest.raises(OSError, match="max_soft_errs"):
             batches.get([f"gone{number}" for number in range(20)], missing_ok=True)
 

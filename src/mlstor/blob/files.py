@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import stat
 import threading
 import time
 from collections import deque
@@ -16,7 +15,6 @@ from mlstor.blob.gather import STRAIGHT_BYTES, Batch, Small
 from mlstor.blob.memory import Window
 from mlstor.blob.pieces import by_group, checked, joined
 from mlstor.blob.types import BlobInfo, DigestKind, Fetched, LatePiece, Published
-from mlstor.errors import UsageError
 from mlstor.operations import DURABLE, Extent, Late, ReadFile, WriteFile
 
 if TYPE_CHECKING:
@@ -145,13 +143,7 @@ class FileBlob:
 
 
 def _target(path: str) -> str:
-    """The file that is replaced: where a link leads, as `open` has it. What is no file is not replaced by one."""
-    try:
-        mode = os.stat(path).st_mode
-    except OSError:  # it isn't there; or the engine tells what is wrong
-        mode = stat.S_IFREG
-    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-        raise UsageError(f"{path} is a device, pipe or socket: name a file, which is written beside it and renamed")
+    """The file that is replaced: where a link leads, as `open` has it."""
     return os.path.realpath(path) if os.path.islink(path) else path
 
 

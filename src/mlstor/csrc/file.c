@@ -153,6 +153,9 @@ int mls_file_open(mls_file *file, bool write, bool temporary, int mode, mls_latc
     char reason[MLS_REASON_BYTES];
     struct stat st;
     mls_latch latch;
+    /* rename(2) puts a file in the place of a device, pipe or socket too, as root even of /dev/null */
+    if (temporary && stat(file->path, &st) == 0 && !S_ISREG(st.st_mode) && !S_ISDIR(st.st_mode))
+        return -ENXIO;
     if (temporary && !(file->temporary = temporary_name(file->path)))
         return -ENOMEM;
     int create = write && file->temporary ? O_EXCL : 0;

@@ -126,8 +126,10 @@ class BatchReader:
 
         Raises
         ------
+        FileNotFoundError
+            If a member is marked as missing, and that isn't `missing_ok`.
         OSError
-            EIO if the answer ended early, which it does where a member is missing and that isn't `missing_ok`.
+            EIO if the answer ended early, which it mostly does where a member is missing and that isn't `missing_ok`.
         """
         asked = [Member(member) if isinstance(member, str) else member for member in members]
         request = {
@@ -157,6 +159,9 @@ class BatchReader:
             if missing_ok:
                 text = f"GetBatch gave {error}; are more missing than the cluster's get_batch.max_soft_errs allows?"
             raise OSError(errno.EIO, text, answer.url) from None
+        if missing.any() and not missing_ok:  # AIStore 5.0 was seen to go on all the same
+            key = asked[int(missing.argmax())].key
+            raise FileNotFoundError(errno.ENOENT, f"GetBatch found {missing.sum()} of {len(asked)} missing", key)
         return Batch(answer.body, starts, sizes, missing, start_ns, end_ns)
 
     def _entry(self, member: Member) -> dict[str, Any]:
