@@ -146,6 +146,13 @@ def test_a_rank_without_collectives_is_not_refused_for_what_another_saved_just_n
         save_as(1, {"w": torch.ones(5)}, tmp_path, overwrite=False)
 
 
+@pytest.mark.parametrize("kind", [StorageReader, StorageWriter])
+def test_options_that_are_no_mapping_are_refused(kind: Any, tmp_path: Path) -> None:
+    wrong: Any = 5
+    with pytest.raises(UsageError, match="takes names and values"):
+        kind(tmp_path, options=wrong)
+
+
 def test_leftovers_of_killed_writers_of_metadata_are_removed(tmp_path: Path) -> None:
     for name in ("..metadata.0123abcd.mlstor-tmp", ".__0_0.distcp.0123abcd.mlstor-tmp", "mine.txt", "__0_0.txt"):
         (tmp_path / name).write_bytes(b"x")

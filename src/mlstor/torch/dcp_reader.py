@@ -28,6 +28,7 @@ from mlstor.torch.dcp_ranges import apart
 from mlstor.torch.dcp_share import Share, exchange, give_up, local_offer, shared_plans
 from mlstor.torch.dcp_target import check_target, is_target
 from mlstor.torch.loading import UnverifiedWarning
+from mlstor.torch.saving import opening
 
 #: Data files that are read at one time; each is read by many requests already.
 _FILES_AT_ONCE = 8
@@ -75,7 +76,7 @@ class StorageReader(_StorageReader):
         self._verify = verify
         self._share_reads = share_reads
         self._trust = trust
-        self._options = dict(options or {})
+        self._options = opening(None, options)
         self._load_id = str(uuid.uuid4())
         self._metadata: Metadata | None = None
         self._files: dict[str, str] | None = None

@@ -27,7 +27,7 @@ from mlstor.operations import is_leftover
 from mlstor.torch.dcp_layout import FileImage
 from mlstor.torch.dcp_stage import Stager
 from mlstor.torch.dcp_target import check_target, is_target
-from mlstor.torch.saving import parse_bandwidth
+from mlstor.torch.saving import opening, parse_bandwidth
 
 #: Copies (of tensors on devices, of strided and of small ones, of objects) that are held at once; then a data file ends
 #: and another begins.
@@ -81,7 +81,7 @@ class StorageWriter(_StorageWriter):
         self._path = check_target(path)
         self._overwrite = overwrite
         self._bytes_per_s = parse_bandwidth(max_bandwidth)
-        self._options = dict(options or {})
+        self._options = opening(None, options)
         self._save_id = str(uuid.uuid4())
         self._rank: int | None = None
         self._collectives = True
