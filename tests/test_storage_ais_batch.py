@@ -60,8 +60,8 @@ def test_one_member_too_few_or_too_many_is_refused() -> None:
 
 
 class Marking:
-    """A cluster that marks members as missing though it was not asked to go on without them, as it does now and then
-    in a race between its targets, which can't be brought about.
+    """A cluster that marks members as missing though it was not asked to go on without them: a real one gave an answer
+    with all its members once, which can't be brought about.
     """
 
     tls: dict[str, Any] = {}  # noqa: RUF012  # as the real one's

@@ -57,7 +57,7 @@ _ADVICE = {
     errno.EROFS: "the file system is mounted read-only",
     errno.ENOENT: "check that the directory still exists",
     errno.EISDIR: "name a file, not a directory",
-    errno.ENXIO: "it is a device, pipe or socket: name a file, which is written beside it and renamed",
+    errno.ENXIO: "it is a device, pipe or socket: name a file",
     errno.EMFILE: "raise the limit of open files: see `ulimit -n`",
     errno.EOPNOTSUPP: "direct I/O does not work here: use direct='auto' or 'off'",
     errno.EINVAL: "the file system refused the transfer; try direct='off' and look at `mlstor doctor PATH`",

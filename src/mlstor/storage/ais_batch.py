@@ -159,7 +159,7 @@ class BatchReader:
             if missing_ok:
                 text = f"GetBatch gave {error}; are more missing than the cluster's get_batch.max_soft_errs allows?"
             raise OSError(errno.EIO, text, answer.url) from None
-        if missing.any() and not missing_ok:  # AIStore 5.0 was seen to go on all the same
+        if missing.any() and not missing_ok:  # AIStore 5.0 was seen to give all members all the same
             key = asked[int(missing.argmax())].key
             raise FileNotFoundError(errno.ENOENT, f"GetBatch found {missing.sum()} of {len(asked)} missing", key)
         return Batch(answer.body, starts, sizes, missing, start_ns, end_ns)
