@@ -32,12 +32,13 @@ class Library:
     macro: str
     debian: str
     lost: str
+    oldest: str = ""
 
 
 LIBRARIES = (
     Library(
         "liburing", "liburing", "LIBURING", "liburing-dev",
-        "All I/O will go through threads of pread and pwrite, even where the kernel has io_uring",
+        "All I/O will go through threads of pread and pwrite, even where the kernel has io_uring", oldest="2.3",
     ),
     Library(
         "isal", "libisal", "ISAL", "libisal-dev",
@@ -101,6 +102,8 @@ def add_library(flags: Flags, library: Library, without: set[str], static: bool 
     version = pkg_config("--modversion", library.package)
     if version is None:
         return warn_loudly(library, f"pkg-config does not know {library.package}")
+    if library.oldest and pkg_config(f"--atleast-version={library.oldest}", library.package) is None:
+        return warn_loudly(library, f"{version} is installed, and {library.oldest} or newer is needed")
     flags.macros += [
         (f"MLS_HAVE_{library.macro}", "1"),
         (f"MLS_{library.macro}_VERSION", f'"{version}"'),

@@ -219,6 +219,15 @@ def test_a_build_without_the_libraries_says_so_loudly(build, environment, why, m
     assert len(said.splitlines()) > 8
 
 
+def test_a_library_that_is_too_old_is_left_out_loudly(build, tmp_path, monkeypatch, capfd):
+    (tmp_path / "liburing.pc").write_text("Name: liburing\nDescription: old\nVersion: 2.1\nLibs: -luring\n")
+    monkeypatch.setenv("PKG_CONFIG_PATH", str(tmp_path))
+    flags = build.Flags()
+    build.add_library(flags, build.LIBRARIES[0], set())
+    assert flags == build.Flags()
+    assert "WITHOUT liburing: 2.1 is installed, and 2.3 or newer is needed" in capfd.readouterr().err
+
+
 def test_a_static_archive_is_preferred_where_it_can_be_linked(build, tmp_path, monkeypatch):
     source, part, archive = tmp_path / "part.c", tmp_path / "part.o", tmp_path / "liburing.a"
     source.write_text("int value; int *part(void) { return &value; }\n")

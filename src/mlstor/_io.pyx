@@ -58,6 +58,7 @@ include "_ranges.pxi"
 include "_files.pxi"
 include "_range_set.pxi"
 include "_order.pxi"
+include "_plain_pickle.pxi"
 include "_host.pxi"
 
 

@@ -62,6 +62,9 @@ typedef struct mls_backend {
     int (*attach)(void *state, unsigned char *bytes, size_t nbytes);
     /* Whether it opens, closes, looks at and removes files too. NULL: it does not. */
     bool (*takes_names)(const void *state);
+    /* With nothing in flight: lets go of files whose last request was not yet put away when it was reaped. NULL: there
+     * are none. */
+    void (*settle)(void *state);
     /* From any thread: makes a waiting `reap` return. */
     void (*wake)(void *state);
     void (*close)(void *state);

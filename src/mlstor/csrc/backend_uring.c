@@ -257,6 +257,10 @@ static size_t uring_reap(void *state, mls_io **done, size_t max)
     return count;
 }
 
+/* A request that a thread of the kernel's carried out holds its file until that thread has put it away, which may be after
+ * its completion was reaped, and then until this thread enters the ring again. */
+static void uring_settle(void *state) { io_uring_get_events(&((uring_state *)state)->ring); }
+
 static bool uring_takes_names(const void *state) { return ((const uring_state *)state)->names; }
 
 static void uring_wake(void *state)
@@ -274,6 +278,7 @@ const mls_backend mls_backend_uring = {
     .reap = uring_reap,
     .attach = uring_attach,
     .takes_names = uring_takes_names,
+    .settle = uring_settle,
     .wake = uring_wake,
     .close = uring_close,
     .max_depth = 1024,

@@ -19,6 +19,8 @@
 #define REAP_BATCH 64
 #define SMALL_READ_BYTES (16u << 10)
 #define REGION_IDLE_NS 1000000000u
+#define SETTLES 4 /* after 1, 10, 100 and 1000 ms of idleness */
+#define FIRST_SETTLE_NS 1000000u
 
 /* ---- the caller's memory, registered ---- */
 
@@ -284,20 +286,31 @@ static void fill(mls_worker *worker)
 
 /* ---- the loop ---- */
 
-/* Waits until something has changed since `seen`, or a unit is due. False when the crew is to end. The caller's memory is
- * let go after a while: it may long have been freed. */
+/* Waits until something has changed since `seen`, or a unit is due. False when the crew is to end. On the way the backend
+ * lets go of files, and of the caller's memory after a while: it may long have been freed. */
 static bool idle(mls_worker *worker, unsigned long seen)
 {
     mls_engine *engine = worker->engine;
     mls_crew *crew = worker->crew;
-    int error = 0;
-    uint64_t let_go = worker->region_attached ? mls_now_ns() + REGION_IDLE_NS : UINT64_MAX;
+    uint64_t begun = mls_now_ns(), settle_ns = FIRST_SETTLE_NS;
+    uint64_t let_go = worker->region_attached ? begun + REGION_IDLE_NS : UINT64_MAX;
     uint64_t end = worker->due_ns < let_go ? worker->due_ns : let_go;
-    struct timespec until = {(time_t)(end / 1000000000u), (long)(end % 1000000000u)};
+    int error = 0, settles = crew->backend->settle ? 0 : SETTLES;
     pthread_mutex_lock(&engine->lock);
-    while (!crew->stopping && atomic_load(&crew->changes) == seen && !error)
-        error = end != UINT64_MAX ? pthread_cond_timedwait(&crew->work, &engine->lock, &until)
-                                  : pthread_cond_wait(&crew->work, &engine->lock);
+    while (!crew->stopping && atomic_load(&crew->changes) == seen && !error) {
+        uint64_t next = settles < SETTLES && begun + settle_ns < end ? begun + settle_ns : end;
+        struct timespec until = {(time_t)(next / 1000000000u), (long)(next % 1000000000u)};
+        error = next != UINT64_MAX ? pthread_cond_timedwait(&crew->work, &engine->lock, &until)
+                                   : pthread_cond_wait(&crew->work, &engine->lock);
+        if (error && next != end) {
+            pthread_mutex_unlock(&engine->lock);
+            crew->backend->settle(worker->state);
+            settles++;
+            settle_ns *= 10;
+            error = 0;
+            pthread_mutex_lock(&engine->lock);
+        }
+    }
     bool go_on = !crew->stopping;
     pthread_mutex_unlock(&engine->lock);
     if (error && end == let_go)
