@@ -42,7 +42,7 @@ def test_any_bytes_are_looked_at_safely(data: bytes, begun: bool) -> None:
     named = plain_globals(pickled)
     if (
         named == frozenset()
-    ):  # it may be refused for wrong operands, but imports nothing and takes no memory to speak of
+    ):  # it may be refused, but imports nothing, nor takes much memory
         with contextlib.suppress(pickle.UnpicklingError, AttributeError, LookupError, TypeError, ValueError):
             pickle.loads(pickled)
 
