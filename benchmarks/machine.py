@@ -26,6 +26,13 @@ def describe(directory: Path) -> dict[str, str]:
     }
 
 
+def huge_pages(setting: Path = Path("/sys/kernel/mm/transparent_hugepage/enabled")) -> str:
+    """To what memory the kernel gives huge pages: ``always``, ``madvise`` (where a program asks) or ``never``."""
+    if not setting.exists():  # a kernel without them
+        return "never"
+    return setting.read_text().partition("[")[2].partition("]")[0]
+
+
 def versions(packages: Iterable[str]) -> dict[str, str]:
     """Of those that are installed."""
     found = {}

@@ -405,6 +405,12 @@ def test_the_file_system_is_that_of_the_longest_mount_point(tmp_path: Path) -> N
     assert machine.file_system(Path("/"), mountinfo) == "ext4"
 
 
+def test_the_setting_of_huge_pages_is_the_word_in_brackets(tmp_path: Path) -> None:
+    (tmp_path / "enabled").write_text("always [madvise] never\n")
+    assert machine.huge_pages(tmp_path / "enabled") == "madvise"
+    assert machine.huge_pages(tmp_path / "of a kernel without them") == "never"
+
+
 # The RAM-backed file system
 
 

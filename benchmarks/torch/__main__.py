@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import random
 import sys
 import tempfile
@@ -48,6 +49,11 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--small", type=int, default=10_000, help="tensors of 2 KiB in the state of small ones (default: 10000)"
     )
+    made.add_argument(
+        "--huge-pages", action="store_true",
+        help="tensors from 2 MiB on lie in huge pages (torch's THP_MEM_ALLOC_ENABLE=1), as where the kernel gives them "
+        "unasked",
+    )  # fmt: skip
     made.add_argument("--rounds", type=int, default=5, help="rounds, each with every contender (default: 5)")
     made.add_argument("--only", default="", help="comma-separated shell patterns of contenders, such as 'save-*'")
     made.add_argument("--list", action="store_true", help="only say which contenders there would be")
@@ -97,8 +103,9 @@ def compare(options: argparse.Namespace) -> int:
             base = machine.require_room(options.dir, room_bytes, touch_bytes + HELD * nbytes)
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mlstor-bench-", dir=base)))
         environment = describe(directory, options, seed, version, touch_bytes)
+        os.environ["THP_MEM_ALLOC_ENABLE"] = "1" if options.huge_pages else "0"  # for the contenders' processes
         bound, samples, cells = measure(entries, directory, job, options)
-    run = report.Run(kind, bound, samples, cells, environment)
+    run = report.Run(f"{kind}-huge" if options.huge_pages else kind, bound, samples, cells, environment)
     print(report.markdown(run))
     progress("saved: " + ", ".join(map(str, report.save(run, options.out))))
     if options.publish:
@@ -179,6 +186,8 @@ def describe(directory: Path, options: argparse.Namespace, seed: int, fio_versio
         **machine.describe(directory),
         "size": options.size,
         "small tensors": f"{options.small} x {listing.SMALL_BYTES} B",
+        "tensors": "in huge pages (THP_MEM_ALLOC_ENABLE)" if options.huge_pages else "in the kernel's pages",
+        "huge pages": machine.huge_pages(),
         "rounds": str(options.rounds),
         "seed": str(seed),
         "memory touched": format_gib(touch),
