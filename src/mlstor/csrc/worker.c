@@ -19,7 +19,7 @@
 #define REAP_BATCH 64
 #define SMALL_READ_BYTES (16u << 10)
 #define REGION_IDLE_NS 1000000000u
-#define SETTLES 4 /* after 1, 10, 100 and 1000 ms of idleness */
+#define SETTLES 4 /* 1, 10, 100 and 1000 ms after the last completion */
 #define FIRST_SETTLE_NS 1000000u
 
 /* ---- the caller's memory, registered ---- */
@@ -286,34 +286,43 @@ static void fill(mls_worker *worker)
 
 /* ---- the loop ---- */
 
+/* When the backend is to let go of files next: some time after the last completion, a few times. */
+static uint64_t settle_at(const mls_worker *worker)
+{
+    uint64_t after = FIRST_SETTLE_NS;
+    if (!worker->reaped_ns || worker->settles == SETTLES || !worker->crew->backend->settle)
+        return UINT64_MAX;
+    for (unsigned i = 0; i < worker->settles; i++)
+        after *= 10;
+    return worker->reaped_ns + after;
+}
+
 /* Waits until something has changed since `seen`, or a unit is due. False when the crew is to end. On the way the backend
  * lets go of files, and of the caller's memory after a while: it may long have been freed. */
 static bool idle(mls_worker *worker, unsigned long seen)
 {
     mls_engine *engine = worker->engine;
     mls_crew *crew = worker->crew;
-    uint64_t begun = mls_now_ns(), settle_ns = FIRST_SETTLE_NS;
-    uint64_t let_go = worker->region_attached ? begun + REGION_IDLE_NS : UINT64_MAX;
+    uint64_t let_go = worker->region_attached ? mls_now_ns() + REGION_IDLE_NS : UINT64_MAX;
     uint64_t end = worker->due_ns < let_go ? worker->due_ns : let_go;
-    int error = 0, settles = crew->backend->settle ? 0 : SETTLES;
+    bool timed_out = false;
     pthread_mutex_lock(&engine->lock);
-    while (!crew->stopping && atomic_load(&crew->changes) == seen && !error) {
-        uint64_t next = settles < SETTLES && begun + settle_ns < end ? begun + settle_ns : end;
+    while (!crew->stopping && atomic_load(&crew->changes) == seen && !timed_out) {
+        uint64_t settle = settle_at(worker), next = settle < end ? settle : end;
         struct timespec until = {(time_t)(next / 1000000000u), (long)(next % 1000000000u)};
-        error = next != UINT64_MAX ? pthread_cond_timedwait(&crew->work, &engine->lock, &until)
-                                   : pthread_cond_wait(&crew->work, &engine->lock);
-        if (error && next != end) {
+        int error = next != UINT64_MAX ? pthread_cond_timedwait(&crew->work, &engine->lock, &until)
+                                       : pthread_cond_wait(&crew->work, &engine->lock);
+        timed_out = error == ETIMEDOUT && next == end;
+        if (error == ETIMEDOUT && !timed_out) {
             pthread_mutex_unlock(&engine->lock);
             crew->backend->settle(worker->state);
-            settles++;
-            settle_ns *= 10;
-            error = 0;
+            worker->settles++;
             pthread_mutex_lock(&engine->lock);
         }
     }
     bool go_on = !crew->stopping;
     pthread_mutex_unlock(&engine->lock);
-    if (error && end == let_go)
+    if (timed_out && end == let_go)
         detach_region(worker);
     return go_on;
 }
@@ -372,6 +381,8 @@ void *mls_worker_main(void *argument)
         size_t ndone = backend->reap(worker->state, done, REAP_BATCH);
         atomic_store(&worker->waiting, false);
         uint64_t now = mls_now_ns();
+        worker->reaped_ns = now;
+        worker->settles = 0;
         uint64_t waited = now - (backend->max_depth > 1 || !ndone ? asked : done[0]->submit_ns); /* threads block in submit */
         mls_count(&worker->wait_ns, waited);
         mls_count(&worker->busy_ns, now - mark > waited ? now - mark - waited : 0);

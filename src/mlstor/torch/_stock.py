@@ -22,7 +22,7 @@ import torch
 from torch import _weights_only_unpickler, serialization
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from mlstor._io import plain_globals
+from mlstor._io import is_plain_pickle
 from mlstor.errors import UsageError
 
 _TRUE = ("1", "y", "yes", "true")
@@ -61,6 +61,8 @@ def rebuild(reader: Reader, map_location: Any, pickle_module: ModuleType | None,
             return _by_torch(reader, map_location, _weights_only_unpickler, {"encoding": "utf-8"})
         return _restricted(reader, map_location)
     except pickle.UnpicklingError as error:
+        if not any(word in str(error) for word in ("GLOBAL", "allow")):  # a damaged pickle: no class is missing
+            raise
         raise pickle.UnpicklingError(
             f"{error}\nWith weights_only=True (the default) only tensors and plain containers are loaded. If you trust "
             "the file, allow the class with torch.serialization.add_safe_globals([...]), or set weights_only=False"
@@ -85,11 +87,15 @@ def _restricted(reader: Reader, map_location: Any) -> Any:
     typed_storage: Any = torch.storage.TypedStorage
     known: dict[str, Any] = {}
 
-    def storage_of(reference: tuple[str, Any, str, str, int]) -> Any:
+    def storage_of(reference: Any) -> Any:
+        if not isinstance(reference, tuple) or len(reference) != 5 or reference[0] != "storage":
+            raise pickle.UnpicklingError("the pickle refers to something that is no storage")
         _, kind, key, location, numel = reference
         typed = known.get(key)
         if typed is None:
-            dtype = torch.uint8 if kind is torch.UntypedStorage else kind.dtype
+            dtype = torch.uint8 if kind is torch.UntypedStorage else getattr(kind, "dtype", None)
+            if not isinstance(dtype, torch.dtype):
+                raise pickle.UnpicklingError("the pickle refers to a storage of no type of torch")
             storage = restore(reader.storage(f"data/{key}", numel * dtype.itemsize), location)
             typed = typed_storage(wrap_storage=storage, dtype=dtype, _internal=True)
             if numel:  # storages without bytes are no one's alias, as in torch
@@ -113,8 +119,7 @@ def _careful(pickled: bytes, storage_of: Callable[[Any], Any]) -> Callable[[], A
 
 def _plain(pickled: bytes, storage_of: Callable[[Any], Any]) -> Callable[[], Any] | None:
     """Python's C unpickler, at a tenth of the time, where it does no more than torch's; None for other pickles."""
-    named = plain_globals(pickled)
-    if named is None or not named <= _plain_names().keys():
+    if not is_plain_pickle(pickled, _plain_kinds()):
         return None
     unpickler: Any = _PlainUnpickler(io.BytesIO(pickled), fix_imports=False, encoding="utf-8")
     unpickler.persistent_load = storage_of
@@ -131,8 +136,8 @@ class _Rebuild:
         self, storage: Any, offset: int, size: Any, stride: Any, requires_grad: bool, hooks: Any, metadata: Any = None
     ) -> torch.Tensor:
         # without the look for a FakeTensorMode: the caller has looked
-        tensor = torch.empty((0,), dtype=storage.dtype, device=storage._untyped_storage.device)
-        tensor.set_(storage._untyped_storage, offset, size, stride)
+        empty = torch.empty((0,), dtype=storage.dtype, device=storage._untyped_storage.device)
+        tensor = empty.set_(storage._untyped_storage, offset, size, stride)
         if requires_grad:
             tensor.requires_grad = requires_grad
         if metadata:
@@ -144,22 +149,27 @@ class _Rebuild:
 class _PlainUnpickler(pickle.Unpickler):
     def find_class(self, module_name: str, global_name: str, /) -> Any:
         storage_kind: Any = serialization.StorageType
-        found = _plain_names()[f"{module_name} {global_name}"]
+        found = _plain_names()[f"{module_name}\n{global_name}".encode()]
         return storage_kind(global_name) if found is None else found
 
 
 @functools.cache
-def _plain_names() -> dict[str, Any]:
-    """What a plain pickle may name: each call is one that torch's unpickler makes too, and no attribute of these can be
-    set. None: a kind of storage, which is made anew for each load, since it takes attributes.
-    """
+def _plain_names() -> dict[bytes, Any]:
+    """What a plain pickle may name. None: a kind of storage, which is made for each load."""
     kinds: Any = torch.storage._dtype_to_storage_type_map()
     return {
-        "collections OrderedDict": OrderedDict,
-        "torch._utils _rebuild_tensor_v2": _Rebuild(),
-        **{f"torch {kind}": None for kind in kinds.values()},
-        **{str(dtype).replace(".", " "): dtype for dtype in kinds},
+        b"collections\nOrderedDict": OrderedDict,
+        b"torch._utils\n_rebuild_tensor_v2": _Rebuild(),
+        **{f"torch\n{kind}".encode(): None for kind in kinds.values()},
+        **{str(dtype).replace(".", "\n").encode(): dtype for dtype in kinds},
     }
+
+
+@functools.cache
+def _plain_kinds() -> dict[bytes, str]:
+    """What `is_plain_pickle` is to know of the names."""
+    of_type = {_Rebuild: "function", type: "OrderedDict"}
+    return {name: of_type.get(type(found), "value") for name, found in _plain_names().items()}
 
 
 def _stays(storage: torch.UntypedStorage, location: str) -> torch.UntypedStorage:
