@@ -10,6 +10,7 @@ import os
 import random
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -52,14 +53,14 @@ def ram_backed_xfs(nbytes: int, spare_bytes: int) -> Iterator[Path]:
         memory.mkdir()
         mount.mkdir()
         tool("mount", "-t", "tmpfs", "-o", f"size={nbytes + 16 * MIB},mode=0700", "mlstor-bench", str(memory))
-        cleanup.callback(undo("umount", str(memory)))
+        cleanup.callback(unmount, memory)
         image = memory / "image"
         write_fully(image, nbytes)
         device = tool("losetup", "--find", "--show", "--direct-io=on", str(image)).strip()
         cleanup.callback(undo("losetup", "--detach", device))
         tool("mkfs.xfs", "-q", "-K", device)  # -K: a discard would give the memory back
         tool("mount", "-o", "noatime,nodiscard", device, str(mount))
-        cleanup.callback(undo("umount", str(mount)))
+        cleanup.callback(unmount, mount)
         yield mount
 
 
@@ -78,6 +79,19 @@ def write_fully(path: Path, nbytes: int) -> None:
         for _ in range(nbytes // MIB):
             if file.write(block) != MIB:
                 raise OSError(f"short write to {path}")
+
+
+def unmount(path: Path) -> None:
+    """Unmount; what the kernel still holds of a contender's files it lets go a little later."""
+    for _ in range(100):
+        try:
+            tool("umount", str(path))
+            return
+        except UsageError as error:
+            if "busy" not in str(error):
+                raise
+            time.sleep(0.1)
+    tool("umount", str(path))
 
 
 def undo(*words: str) -> Callable[[], None]:

@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import subprocess
+import threading
 from pathlib import Path
 
 import pytest
@@ -418,6 +419,15 @@ def mounts_and_loops() -> tuple[str, str]:
     loops = subprocess.run(["losetup", "--all", "--noheadings"], capture_output=True, text=True, check=True).stdout
     own = [line for line in loops.splitlines() if "mlstor-bench-fast-" in line]
     return Path("/proc/self/mountinfo").read_text(), "\n".join(own)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts need root")
+@pytest.mark.skipif(not shutil.which("mkfs.xfs"), reason="needs xfsprogs")
+def test_the_ram_backed_file_system_waits_for_a_file_that_is_open_a_moment_longer() -> None:
+    before = mounts_and_loops()
+    with fastfs.ram_backed_xfs(320 * MIB, 0) as mount, (mount / "file").open("wb") as held:
+        threading.Timer(0.5, os.close, [os.dup(held.fileno())]).start()
+    assert mounts_and_loops() == before
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts need root")

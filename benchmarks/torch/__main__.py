@@ -105,11 +105,11 @@ def compare(options: argparse.Namespace) -> int:
         environment = describe(directory, options, seed, version, touch_bytes)
         os.environ["THP_MEM_ALLOC_ENABLE"] = "1" if options.huge_pages else "0"  # for the contenders' processes
         bound, samples, cells = measure(entries, directory, job, options)
-    run = report.Run(f"{kind}-huge" if options.huge_pages else kind, bound, samples, cells, environment)
-    print(report.markdown(run))
-    progress("saved: " + ", ".join(map(str, report.save(run, options.out))))
-    if options.publish:
-        report.publish(run, ROOT / "docs")
+        run = report.Run(f"{kind}-huge" if options.huge_pages else kind, bound, samples, cells, environment)
+        print(report.markdown(run))
+        progress("saved: " + ", ".join(map(str, report.save(run, options.out))))
+        if options.publish:
+            report.publish(run, ROOT / "docs")
     return 0 if all(check.passed for check in run.checks) else 1
 
 
