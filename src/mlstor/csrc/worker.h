@@ -31,7 +31,7 @@ typedef struct mls_worker {
     mls_window window;        /* 0 where depth alone rules */
     uint64_t region_id, next_region_id; /* attached, or refused; seen once */
     bool region_attached;
-    uint64_t reaped_ns;       /* the last completion, or 0 */
+    uint64_t reaped_ns;       /* the last return from `reap`, or 0 */
     unsigned settles;         /* how often the backend has let go of files since */
     uint64_t due_ns;          /* the next unit that a limit of bytes/s holds back; UINT64_MAX: none */
     mls_op *current;
