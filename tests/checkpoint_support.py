@@ -144,7 +144,7 @@ class Underway:
     def pid(self) -> int:
         return self._running.process.pid
 
-    def wait_for(self, seen: Callable[[], bool], timeout_s: float = 30) -> None:
+    def wait_for(self, seen: Callable[[], bool], timeout_s: float = 60) -> None:
         """Until `seen`, while the run goes on."""
         deadline = time.monotonic() + timeout_s
         while not seen():
@@ -159,7 +159,7 @@ class Underway:
     def send(self, signum: signal.Signals) -> None:
         self._running.process.send_signal(signum)
 
-    def wait(self, timeout_s: float = 20) -> Ran:
+    def wait(self, timeout_s: float = 60) -> Ran:
         done = self._running.wait(timeout_s)
         return Ran(done.returncode, done.stdout, done.stderr, self._bench.results)
 

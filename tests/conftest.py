@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 if TYPE_CHECKING:
     from checkpoint_support import Bench
@@ -29,6 +30,12 @@ MKFS = {
     "btrfs": ["mkfs.btrfs", "-q", "-f"],
 }
 FILE_SYSTEMS = ("ext4", "xfs", "btrfs", "tmpfs", "overlay", "fuse")
+
+
+# What fails on one run fails on the next; `--hypothesis-profile=explore` tries other examples each time.
+settings.register_profile("explore", deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)
+settings.register_profile("suite", settings.get_profile("explore"), derandomize=True, database=None)
+settings.load_profile("suite")
 
 
 @pytest.fixture(scope="session", autouse=True)

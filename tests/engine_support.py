@@ -68,7 +68,7 @@ def python(code: str, *arguments: object, before: tuple[str, ...] = (), **keywor
     )
 
 
-def finish(process: subprocess.Popen[str], timeout_s: float = 30) -> str:
+def finish(process: subprocess.Popen[str], timeout_s: float = 60) -> str:
     """Its output; fails unless it ends with 0 in time."""
     try:
         out, err = process.communicate(timeout=timeout_s)

@@ -32,7 +32,7 @@ def asking(keys: Sequence[str | bytes], op: Op = Op.READ, **fields: Any) -> tupl
     return asked, b"".join(names)
 
 
-def reaped(files: ObjectFiles, timeout_s: float = 30) -> np.ndarray:
+def reaped(files: ObjectFiles, timeout_s: float = 60) -> np.ndarray:
     """All that is outstanding, by tag."""
     done = np.zeros(files.outstanding, COMPLETION_DTYPE)
     count = files.reap(done, min_done=len(done), timeout_s=timeout_s)

@@ -77,7 +77,7 @@ def faulty(directory: Path) -> Iterator[Faulty]:
                 break
             time.sleep(0.05)
         try:
-            child.wait(10)
+            child.wait(60)
         except subprocess.TimeoutExpired:
             child.kill()
             child.wait()

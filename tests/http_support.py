@@ -68,8 +68,8 @@ def reap_all(engine: HttpEngine) -> NDArray[Any]:
     found = []
     while engine.outstanding:
         out = zeros(256, COMPLETION_DTYPE)
-        count = engine.reap(out, timeout_s=20)
-        assert count, "nothing came back for 20 s"
+        count = engine.reap(out, timeout_s=60)
+        assert count, "nothing came back for 60 s"
         found.append(out[:count])
     return numpy.sort(numpy.concatenate(found), order="tag")
 

@@ -16,7 +16,7 @@ import pytest
 from blob_support import Case, Row, cases, check_round_trip, digest, noise_array, one_piece
 from engine_support import finish, leftovers, python
 from fuse_faults import Faulty, faulty
-from hypothesis import HealthCheck, given, settings, strategies as st
+from hypothesis import given, settings, strategies as st
 from test_engine_fork import in_child
 
 from mlstor._io import Engine
@@ -34,7 +34,7 @@ def blob(tmp_path: Path) -> Blob:
     return open_blob(tmp_path / "blob")
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60)
 @given(case=cases(), dropped=st.frozensets(st.integers(0, 9), max_size=3))
 def test_random_pieces_come_back_with_their_digests(blob: Blob, case: Case, dropped: frozenset[int]) -> None:
     check_round_trip(blob, case, dropped)

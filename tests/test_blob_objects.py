@@ -17,7 +17,7 @@ import pytest
 from blob_support import LARGE, Case, Row, cases, check_round_trip, digest, noise_array, one_piece
 from engine_support import python
 from http_faults import SERVER_ERROR, FaultServer, Request, body_of
-from hypothesis import HealthCheck, given, settings, strategies as st
+from hypothesis import given, settings, strategies as st
 from s3_support import OWNER, bucket, listed, use_keys
 from servers.weed import Weed, signed_weed  # noqa: F401
 from test_engine_fork import in_child
@@ -30,9 +30,7 @@ from mlstor.storage import s3
 from mlstor.storage.s3 import S3Store
 
 MIB = 1 << 20
-FEW = settings(
-    max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
-)
+FEW = settings(max_examples=8)
 
 
 @pytest.fixture

@@ -40,7 +40,7 @@ def packed_names(objects: Objects, indices: list[int]) -> list[str]:
     ]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.dictionaries(st.text(st.characters(exclude_categories=["Cs"]), min_size=1), st.integers(0, 2**50)),
     st.integers(1, 9),

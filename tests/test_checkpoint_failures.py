@@ -82,7 +82,7 @@ def test_a_file_system_that_fills(bench: Bench, loop_fs: LoopFactory, profile: s
 
     began = time.monotonic()
     ran = after_the_first_checkpoint(bench, mount, fill, "--profile", profile)
-    assert time.monotonic() - began < 15
+    assert time.monotonic() - began < 30
     error = failed(ran)
     assert error.file is not None
     assert error.file.startswith(f"{mount}/run/llama3-8b/global_epoch1_step2")
@@ -121,7 +121,7 @@ def test_one_ranks_failure_under_mpirun_stops_all_and_is_named(bench: Bench, loo
     subprocess.run(["mount", "-o", "remount,ro", mount], check=True)
     began = time.monotonic()
     ran = underway.wait()
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 30
     error = failed(ran)
     assert error.rank == 1
     assert error.file is not None

@@ -73,7 +73,7 @@ def test_a_signal_in_a_phase(bench: Bench, phase: str, signum: signal.Signals) -
     underway.send(signum)
     began = time.monotonic()
     ran = underway.wait()
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 30
     assert ran.code == 128 + signum
     assert ran.err.count("mlstor: ") == 1
     assert f"record, partial: {bench.results}/run/record.json" in ran.out
@@ -157,7 +157,7 @@ def test_a_rank_killed_under_mpirun_ends_the_others(bench: Bench, victim: int) -
     os.kill(pids[victim], signal.SIGKILL)
     began = time.monotonic()
     ran = underway.wait()
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 30
     assert victim or not list(bench.results.glob("run/record.json"))
     check_stopped(bench, ran, "write", pids)
 

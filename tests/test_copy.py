@@ -215,7 +215,7 @@ def test_after_kill_9_it_goes_on_and_nothing_half_shows(copy: CopyBench) -> None
     made = make(copy.source, sizes)
     words = copy.words(*SMALL_PARTS, "--in-flight", 1, "--workers", 1, copy.source, copy.destination)
     running = launchers.Running(words, copy.directory)
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         if sum(path.stat().st_size >= 32 for path in journals(copy) if path.suffix == ".proven"):
             break
@@ -243,12 +243,12 @@ def test_ctrl_c_gives_a_partial_record_and_leaves_no_half_files(copy: CopyBench)
         mount.slow("read", 0.02, nth=200)  # it is not done before the signal is sent
         words = copy.words(*SMALL_PARTS, "--in-flight", 1, "--workers", 1, copy.source, copy.destination)
         running = launchers.Running(words, copy.directory)
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 60
         while not copy.destination.exists() or len(os.listdir(copy.destination)) < 20:
             assert time.monotonic() < deadline
             time.sleep(0.005)
         running.process.send_signal(signal.SIGINT)
-        done = running.wait(30)
+        done = running.wait(60)
         assert done.returncode == 130, done.stderr
         record = copy_support.StreamRan(0, "", "", copy.results).stream
         assert record.status == "partial"

@@ -255,7 +255,7 @@ def test_what_aistore_would_lose_and_what_is_not_utf8_is_refused() -> None:
 def under_way(copy: CopyBench, s3: Bucket, words: list[str]) -> launchers.Running:
     """A copy whose upload has begun."""
     running = launchers.Running(copy.words(*words), copy.directory)
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     # that of an earlier run is gone before this one begins an upload
     while not (list(s3.store.unfinished_uploads()) and list(copy.results.glob(".copy-*/*.uploads"))):
         assert running.process.poll() is None
@@ -271,7 +271,7 @@ def test_a_stopped_copy_leaves_no_uploads(copy: CopyBench, s3: Bucket) -> None:
     words = [*PARTS, "--workers", "1", "--in-flight", "1", *s3.words("destination"), str(copy.source), s3.url]
     running = under_way(copy, s3, words)
     running.process.send_signal(signal.SIGINT)
-    assert running.wait(30).returncode == 130
+    assert running.wait(60).returncode == 130
     assert list(s3.store.unfinished_uploads()) == []
     assert s3.objects() == {}
     assert StreamRan(0, "", "", copy.results).stream.status == "partial"

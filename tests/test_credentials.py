@@ -215,7 +215,7 @@ def test_new_keys_are_signed_with_while_a_run_goes_on() -> None:
         assert engine.calls == [(n, "KEY0", SECRET, "", "eu-west-1", "s3") for n in (0, 3)]
         engine.told.clear()
         source.key = "KEY1"
-        assert engine.told.wait(10)
+        assert engine.told.wait(60)
     finally:
         signer.close()
     assert engine.calls[2][1] == "KEY1"

@@ -78,7 +78,7 @@ def load_together(states: Sequence[dict[str, Any]], readers: Sequence[StorageRea
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(20)
+        thread.join(60)
         assert not thread.is_alive(), "a rank hangs"
     if errors:
         raise errors[0]

@@ -47,7 +47,7 @@ def boxes(draw: st.DrawFn) -> Box:
 
 
 @given(boxes(), st.booleans(), st.integers(4, 200))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_a_part_is_the_same_by_bytes_as_by_narrowing(box: Box, transposed: bool, most_bytes: int) -> None:
     stored = torch.arange(int(np.prod(box.shape)), dtype=torch.int32).reshape(box.shape)
     memory = stored.flatten().view(torch.uint8)
@@ -82,7 +82,7 @@ def data_file(tmp_path: Path) -> tuple[Any, bytes, Sums]:
 
 
 @given(data=st.data())
-@settings(max_examples=40, deadline=None, suppress_health_check=list(__import__("hypothesis").HealthCheck))
+@settings(max_examples=40)
 def test_wants_are_filled_whatever_they_overlap(data_file: tuple[Any, bytes, Sums], data: st.DataObject) -> None:
     import zlib
 
@@ -143,7 +143,7 @@ def in_threads(shares: dict[int, Share], work: Callable[[int, Share], None]) -> 
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(30)
+        thread.join(60)
         assert not thread.is_alive(), "a rank hangs"
     if errors:
         raise errors[0]
@@ -231,13 +231,13 @@ def test_a_giver_that_begins_when_the_others_have_ended_is_not_held_up(monkeypat
 
     def work(rank: int, share: Share) -> None:
         if rank == 0:
-            assert all(event.wait(20) for event in ended)
+            assert all(event.wait(60) for event in ended)
         places = PLACES if rank < 2 else {}
         with Handover(share, places, tensors[rank]) as handover:
             missed[rank] = handover.run()
             if rank == 2:  # it is still here, and so is the directory
                 ended[1].set()
-                assert late.wait(20)
+                assert late.wait(60)
         if rank == 1:
             ended[0].set()
         if rank == 0:
@@ -350,7 +350,7 @@ def test_a_copy_that_only_a_failed_upload_holds_is_not_waited_for(tmp_path: Path
         quietly(future.result)
     start = time.monotonic()
     good = quietly(dcp.async_save, {"w": torch.ones(1000)}, checkpoint_id=tmp_path / "good", storage_writer=writer)
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 30
     quietly(good.result)
     assert_same(load({"w": torch.ones(1000)}, tmp_path / "good")[0], {"w": torch.ones(1000)})
     assert future.exception() is not None

@@ -12,7 +12,7 @@ import google_crc32c
 import pytest
 import xxhash
 from engine_support import BLOCK, DIRECTS, leftovers, noise
-from hypothesis import HealthCheck, given, settings, strategies as st
+from hypothesis import given, settings, strategies as st
 
 from mlstor._io import Engine, Pattern
 from mlstor.operations import Extent, Late, ReadFile, Step, WriteFile
@@ -50,7 +50,7 @@ def test_the_digest_of_a_pattern_is_that_of_its_bytes(engine: Engine, tmp_path: 
         assert read.result().damaged_blocks == 0
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30)
 @given(data=st.data())
 def test_groups_are_digested_in_list_order(by_backend: dict[str, Engine], tmp_path: Path, data: st.DataObject) -> None:
     """Groups, order in the file and order in the list are independent; only xxh64 wants file order."""

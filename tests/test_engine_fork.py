@@ -19,7 +19,7 @@ from mlstor.operations import Extent, ReadFile, Step
 MIB = 1 << 20
 
 
-def in_child(work: Callable[[], None], timeout_s: float = 30) -> None:
+def in_child(work: Callable[[], None], timeout_s: float = 60) -> None:
     """Runs `work` in a fork of this process; fails unless it ends well in time."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # forking with threads is what is tested
@@ -66,7 +66,7 @@ def test_a_child_may_not_use_its_parents_engine(tmp_path: Path, backend: str) ->
                 assert own.read_file(path, bytearray(4 * BLOCK)).nbytes == 4 * BLOCK
 
         in_child(work)
-        assert request.wait(30).nbytes == 4 * BLOCK
+        assert request.wait(60).nbytes == 4 * BLOCK
 
 
 def test_the_default_engine_is_one_per_process(tmp_path: Path) -> None:
@@ -108,7 +108,7 @@ def test_a_dataloader_worker_has_a_small_engine_and_ends(method: str) -> None:
         process.start()
     assert ours.poll(60)
     assert ours.recv() == (1, 4, MIB)
-    process.join(30)
+    process.join(60)
     assert process.exitcode == 0
 
 

@@ -29,7 +29,7 @@ class Gate:
 
     def __call__(self, digests: object) -> bytes:
         self.reached.set()
-        assert self.open.wait(30)
+        assert self.open.wait(60)
         return b"late"
 
     def write(self, path: Path, nbytes: int = BLOCK, data: object = None) -> WriteFile:
@@ -43,7 +43,7 @@ class Gate:
 def test_wait_and_reap_keep_their_timeouts(engine: Engine, tmp_path: Path) -> None:
     gate = Gate()
     (request,) = engine.submit([gate.write(tmp_path / "file")])
-    assert gate.reached.wait(30)
+    assert gate.reached.wait(60)
     began = time.monotonic()
     with pytest.raises(TimeoutError, match=r"not done after 0\.05 s"):
         request.wait(0.05)
@@ -54,9 +54,9 @@ def test_wait_and_reap_keep_their_timeouts(engine: Engine, tmp_path: Path) -> No
     assert not request.done
     with pytest.raises(RuntimeError, match="not done yet"):
         request.result()
-    assert 0.15 <= time.monotonic() - began < 10
+    assert 0.15 <= time.monotonic() - began < 30
     gate.open.set()
-    assert request.wait(30).nbytes == BLOCK + 4
+    assert request.wait(60).nbytes == BLOCK + 4
     assert request.done
     assert request.result() == request.wait()
     assert engine.drain()
@@ -97,7 +97,7 @@ def test_several_threads_submit_wait_and_reap(engine: Engine, tmp_path: Path) ->
                 else:
                     (request,) = engine.submit([WriteFile(path, [Extent(0, len(content), content)], Step.RENAME)])
                     reaped.extend(engine.reap(1, timeout_s=30))
-                    request.wait(30)
+                    request.wait(60)
                 into = bytearray(len(content))
                 engine.read_file(path, into)
                 assert into == content
@@ -119,11 +119,11 @@ def test_several_threads_submit_wait_and_reap(engine: Engine, tmp_path: Path) ->
 def test_a_buffer_is_held_until_done_and_then_released(engine: Engine, tmp_path: Path) -> None:
     gate, buffer = Gate(), bytearray(BLOCK)
     (request,) = engine.submit([gate.write(tmp_path / "file", BLOCK, buffer)])
-    assert gate.reached.wait(30)
+    assert gate.reached.wait(60)
     with pytest.raises(BufferError):
         buffer.append(0)
     gate.open.set()
-    request.wait(30)
+    request.wait(60)
     buffer.append(0)
     again = bytearray(BLOCK)
     engine.submit([ReadFile(tmp_path / "file", [Extent(0, BLOCK, again)])])
@@ -137,7 +137,7 @@ def test_what_the_caller_drops_stays_until_done(engine: Engine, tmp_path: Path) 
     buffer = memory(4 * BLOCK)
     buffer[:] = content = noise(4 * BLOCK)
     engine.submit([gate.write(tmp_path / "file", 4 * BLOCK, buffer)])
-    assert gate.reached.wait(30)
+    assert gate.reached.wait(60)
     del buffer
     gc.collect()
     gate.open.set()
@@ -153,11 +153,11 @@ def test_a_cancelled_write_leaves_the_former_file(engine: Engine, tmp_path: Path
     path, gate = tmp_path / "file", Gate()
     path.write_bytes(b"former")
     (request,) = engine.submit([gate.write(path, 20 * BLOCK)])
-    assert gate.reached.wait(30)
+    assert gate.reached.wait(60)
     request.cancel()
     gate.open.set()
     with pytest.raises(OSError) as caught:
-        request.wait(30)
+        request.wait(60)
     assert caught.value.errno == errno.ECANCELED
     assert path.read_bytes() == b"former"
     assert not leftovers(tmp_path)
@@ -206,7 +206,7 @@ def test_close_while_another_thread_waits(tmp_path: Path) -> None:
         while not engine.counters().writes:
             time.sleep(0.001)
         engine.close()
-        thread.join(30)
+        thread.join(60)
         assert len(outcome) == 1
 
 
@@ -313,7 +313,7 @@ def test_ctrl_c_ends_a_wait_at_once(tmp_path: Path, how: str, backend: str) -> N
     process.send_signal(signal.SIGINT)
     began = time.monotonic()
     assert process.stdout.readline() == "interrupted\n"
-    assert time.monotonic() - began < 5  # a second on a machine with nothing else to do
+    assert time.monotonic() - began < 30  # a second on a machine with nothing else to do
     rest = process.stdout.read()
     assert finish(process) == ""
     assert rest.splitlines() == ["True True True", "False"]
@@ -332,7 +332,7 @@ def test_kill_in_the_middle_leaves_the_former_file_and_a_recognisable_leftover(t
         engine.write_file(sys.argv[1], [Extent(0, 10 << 30, Pattern(1))])
     """
     process = python(code, path, backend)
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while not leftovers(tmp_path) and time.monotonic() < deadline:
         time.sleep(0.01)
     process.kill()

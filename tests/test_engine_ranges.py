@@ -247,7 +247,7 @@ def test_the_buffer_of_a_finished_batch_is_freed_while_another_is_outstanding(
 
     def late(digests: object) -> bytes:
         reached.set()
-        assert opened.wait(30)
+        assert opened.wait(60)
         return b"late"
 
     with small_engine(backend, workers=1, depth=1) as engine:
@@ -259,7 +259,7 @@ def test_the_buffer_of_a_finished_batch_is_freed_while_another_is_outstanding(
         gate = WriteFile(path.with_name("gate"), [Extent(0, 4, Late(late)), Extent(4, BLOCK, bytes(BLOCK))], Step(0))
         engine.submit([gate])
         file.submit(ranges((2, BLOCK, BLOCK, 0)), second)
-        assert reached.wait(30)
+        assert reached.wait(60)
         assert file.reap(np.zeros(2, dtype=DONE_DTYPE), min_done=1, timeout_s=30) == 1
         assert bytes(first) == content[:BLOCK]
         del first, second
@@ -359,7 +359,7 @@ def test_a_registered_buffer_is_let_go_when_the_engine_has_nothing_to_do(path: P
         for _ in range(3):
             read_blocks(file, [*range(64)], buffer)
         assert registered_bytes() > before
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while registered_bytes() > before:
             assert time.monotonic() < deadline, "still pinned"
             time.sleep(0.1)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from engine_support import BACKENDS, BLOCK, DIRECTS, leftovers, memory, noise, small_engine
-from hypothesis import HealthCheck, given, settings, strategies as st
+from hypothesis import given, settings, strategies as st
 
 from mlstor._io import AlignedBuffer, Engine, Pattern, alignment
 from mlstor.operations import DURABLE, Extent, ReadFile, Step, WriteFile
@@ -39,7 +39,7 @@ def test_every_size_at_aligned_and_misaligned_addresses(engine: Engine, tmp_path
     assert not leftovers(tmp_path)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40)
 @given(data=st.data())
 def test_random_extents_come_back(by_backend: dict[str, Engine], tmp_path: Path, data: st.DataObject) -> None:
     engine = by_backend[data.draw(st.sampled_from(sorted(by_backend)), label="backend")]

@@ -363,6 +363,6 @@ def test_an_answer_comes_to_who_waits_for_none(engine: Engine, tmp_path: Path) -
     files.submit(*asking(keys))
     taken = 0
     while files.outstanding:
-        taken += files.reap(done, min_done=1, timeout_s=10)
+        taken += files.reap(done, min_done=1, timeout_s=60)
     assert taken == 10
     assert reaped(files).size == 0

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from urllib.parse import quote
 
 import pytest
-from hypothesis import HealthCheck, given, settings, strategies as st
+from hypothesis import given, settings, strategies as st
 from leaf_library import CSRC
 
 from mlstor.storage.transfers import TRANSFER_DTYPE, zeros
@@ -26,7 +26,7 @@ EMPTY = hashlib.sha256(b"").hexdigest()
 U64 = (1 << 64) - 1
 
 # conftest.py's autouse fixture is of function scope; it only sets the environment.
-SETTINGS = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+SETTINGS = settings(max_examples=80)
 
 
 class Sha256(ct.Structure):

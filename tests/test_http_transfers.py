@@ -11,7 +11,7 @@ import pytest
 import xxhash
 from http_faults import FaultServer, body_of, s3_crc
 from http_support import TRANSPORTS, Asked, carried_by, engine_on, reap_all, run, run_one
-from hypothesis import HealthCheck, given, settings, strategies as st
+from hypothesis import given, settings, strategies as st
 
 from mlstor import Pattern
 from mlstor._http import HttpEngine
@@ -104,7 +104,7 @@ def test_connections_are_kept_and_their_making_is_noted(server):
 # ---- patterns and digests ----
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30)
 @given(
     nbytes=st.integers(1, 300_000),
     offset=st.integers(0, 20_000),

@@ -217,7 +217,7 @@ def test_scaled_tensor_keeps_at_least_one_element():
     assert [file.nbytes for file in layout.files(248)] == [12, 12, 12, 2, 2, 24]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     name=st.sampled_from(sorted(models.MODELS)),
     factor=st.integers(1, 5),

@@ -15,7 +15,7 @@ import zlib
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings, strategies as st
+from hypothesis import given, settings, strategies as st
 from leaf_library import Damage, HistogramStruct, PatternStruct, Xxh64Struct, compile_library, load
 
 TESTS_C = Path(__file__).parent / "c"
@@ -26,7 +26,7 @@ ZEROED, OTHER_RUN, OTHER_CHECKPOINT, OTHER_FILE, OTHER_OFFSET, CORRUPT, NO_STAMP
 U64 = (1 << 64) - 1
 
 # conftest.py's autouse fixture is of function scope; it only sets the environment.
-SETTINGS = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+SETTINGS = settings(max_examples=60)
 
 
 @pytest.fixture(scope="module")

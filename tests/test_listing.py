@@ -29,13 +29,13 @@ class Together(World):
         return None
 
     def barrier(self, phase: str) -> None:
-        self._barrier.wait(10)
+        self._barrier.wait(60)
 
     def allgather(self, payload: bytes) -> list[bytes]:
         self._said[self.rank] = payload
-        self._barrier.wait(10)
+        self._barrier.wait(60)
         found = list(self._said)
-        self._barrier.wait(10)
+        self._barrier.wait(60)
         return found
 
     def gather(self, payload: bytes) -> list[bytes] | None:
@@ -65,7 +65,7 @@ def at_all_ranks(hosts: list[str], work: object) -> list[object]:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(30)
+        thread.join(60)
     return found
 
 

@@ -67,7 +67,7 @@ def test_without_an_end_epochs_follow_one_another() -> None:
         assert [obj.epoch for obj in islice(stream, 10)] == [0] * 3 + [1] * 3 + [2] * 3 + [3]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     n=st.integers(1, 40),
     before=st.integers(1, 5),
@@ -350,7 +350,7 @@ def sent_by_child(stream: ObjectStream) -> Any:
         assert here.poll(30)
         return here.recv()
     finally:
-        child.join(30)
+        child.join(60)
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings, strategies as st
+from hypothesis import given, settings, strategies as st
 from order_statistics import STATISTICS, U64, differences
 
 from mlstor import _io
@@ -21,7 +21,7 @@ from mlstor.stream.order import MOST_OBJECTS, Order, Scope, Share, Uneven
 from mlstor.stream.state import State
 
 # conftest.py's autouse fixture is of function scope; it only sets the environment.
-SETTINGS = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+SETTINGS = settings(max_examples=100)
 WORDS = st.integers(0, 2**64 - 1)
 SMALL = st.integers(1, 700)
 PRIME = 100_003

@@ -389,7 +389,7 @@ def test_close_aborts_an_upload_whose_parts_were_lost_to_ctrl_c() -> None:
     rig.store.reap = reap  # type: ignore[method-assign]
     begun = time.monotonic()
     rig.transfers.close()
-    assert time.monotonic() - begun < 10
+    assert time.monotonic() - begun < 30
     assert rig.uploads.calls == ["begin", "abort"]
     assert rig.store.uploads == {}
 

@@ -44,7 +44,7 @@ STATES = st.lists(
 
 
 @given(described=STATES, metadata=st.dictionaries(st.text(max_size=5), st.text(max_size=20), max_size=3))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_round_trips_with_the_package(tmp_path_factory, described, metadata):
     path = tmp_path_factory.mktemp("st") / "a.safetensors"
     state = {f"t{number}": tensor_of(dtype, shape, number) for number, (dtype, shape) in enumerate(described)}

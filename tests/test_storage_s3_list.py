@@ -69,7 +69,7 @@ def keys_of(bucket: Bucket, prefix: str = "", threads: int = 4) -> list[str]:
     st.text(alphabet="ab/", max_size=2),
     st.integers(1, 5),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_each_object_comes_once(keys: list[str], prefix: str, page_keys: int) -> None:
     bucket = Bucket(keys, page_keys)
     assert keys_of(bucket, prefix) == [key for key in bucket.keys if key.startswith(prefix)]
@@ -157,7 +157,7 @@ def test_a_document_type_in_another_encoding_is_refused_too() -> None:
 
 
 @given(st.lists(st.text(min_size=1, max_size=8), min_size=1, max_size=3))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_keys_survive_the_xml_of_a_deletion(keys: list[str]) -> None:
     from xml.etree import ElementTree
 

@@ -91,7 +91,7 @@ def uploads(store: S3Store) -> list[str]:
     return sorted(upload.key for upload in store.unfinished_uploads())
 
 
-def until(condition: Any, timeout_s: float = 20) -> None:
+def until(condition: Any, timeout_s: float = 60) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline

@@ -144,7 +144,7 @@ def test_interrupted_ranks_leave_one_partial_record(stream):
     under_way = stream.start(stream.mpi_words(3, "--duration", "60s", "--rate", 500, "--run-id", "stopped"))
     under_way.wait_for(lambda: sum(b'"progress"' in path.read_bytes() for path in journals(stream)) == 3)
     under_way.send(signal.SIGINT)
-    ran = under_way.wait(30)
+    ran = under_way.wait(60)
     assert ran.code != 0
     assert "Traceback" not in ran.err
     if not list(stream.results.glob("*/record.json")):  # mpirun leaves process 0 half a second for it

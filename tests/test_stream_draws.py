@@ -102,7 +102,7 @@ def test_sizes_follow_from_the_index_alone(one):
 
 
 @pytest.mark.parametrize("one", [made for made in SPECS if made.most_nbytes], ids=str)
-@settings(deadline=None, max_examples=25)  # the first call makes the table of quantiles
+@settings(max_examples=25)  # the first call makes the table of quantiles
 @given(count=st.integers(1, 3000), less=st.integers(0, 100))
 def test_the_count_for_a_total_is_the_least_that_reaches_it(one, count, less):
     sizes = Sizes(one, 2)

@@ -39,7 +39,7 @@ def taken(one: Reads, by: int = 7) -> list[tuple[int, int]]:
     return found
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(count=st.integers(1, 200), size=st.integers(1, 9), epochs=st.integers(1, 3), by=st.integers(1, 300))
 def test_all_ranks_together_read_everything_once_per_epoch(count, size, epochs, by):
     found = Counter(read for rank in range(size) for read in taken(reads(count, rank, size, epochs), by))
@@ -61,7 +61,7 @@ def test_each_client_makes_passes_of_its_own_in_an_order_of_its_own():
     assert orders[0] != orders[1] != orders[2]
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(count=st.integers(1, 100), size=st.integers(1, 7), total=st.integers(0, 400))
 def test_a_total_is_dealt_in_the_order_of_the_world(count, size, total):
     parts = [reads(count, rank, size, None).count_of(total) for rank in range(size)]
@@ -72,7 +72,7 @@ def test_a_total_is_dealt_in_the_order_of_the_world(count, size, total):
     assert set(found.values()) <= {total // count, total // count + 1}
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     count=st.integers(1, 60),
     size=st.integers(1, 5),
@@ -97,7 +97,7 @@ def test_bytes_that_never_come_are_refused():
             reads(5, 0, 1, None, ranges=empty, kind=kind).total_of(10)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(nbytes=st.integers(1, 20), count=st.integers(1, 40))
 def test_records_cover_every_byte_of_every_object_once(nbytes, count):
     made = objects(count)

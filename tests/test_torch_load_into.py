@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from torch_support import KINDS, MIB, PLAIN, assert_same, bits, content, leaves, states, torch
 
 import mlstor
@@ -51,7 +51,7 @@ def _emptied(tree: Any) -> Any:
     return tree
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60)
 @given(state=states(PLAIN))
 def test_a_state_is_filled_in_place(path: pathlib.Path, state: Any) -> None:
     save(state, path)

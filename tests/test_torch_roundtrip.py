@@ -11,7 +11,7 @@ import zipfile
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from torch_support import KINDS, MIB, assert_same, bits, content, setting, states, torch, unzip_tests
 
 from mlstor.blob.target import open_blob
@@ -26,7 +26,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*(quantiz|ao\\.).*:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:TypedStorage is deprecated:UserWarning"),
 ]
-ONCE = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+ONCE = settings(max_examples=60)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from itertools import islice
 from typing import Any
 
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, strategies as st
 
 pytest.importorskip("torch")
 pytest.importorskip("torchdata")
@@ -72,7 +72,6 @@ def test_each_sample_comes_once_per_epoch_over_all_ranks(world: int, uneven: Any
     assert (orders[0] == orders[1]) is not shuffle
 
 
-@settings(deadline=None)
 @given(
     worlds=st.lists(st.integers(1, 4), min_size=1, max_size=5),
     steps=st.lists(st.integers(0, 9), min_size=5, max_size=5),

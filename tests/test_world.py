@@ -257,7 +257,7 @@ def test_a_killed_rank_takes_the_others_along(mpi: launchers.Mpi, tmp_path: Path
     running = mpi.start(2, "world_case.py", "hang", cwd=tmp_path)
     pids = running.rank_pids(2)
     os.kill(pids[victim], signal.SIGKILL)
-    done = running.wait(20)
+    done = running.wait(60)
     assert done.returncode != 0
     assert "reached" not in done.stdout
     assert launchers.all_gone(pids.values())
@@ -268,7 +268,7 @@ def test_sigterm_to_a_rank_inside_a_barrier_ends_the_run(mpi: launchers.Mpi, tmp
     pids = running.rank_pids(2)
     time.sleep(0.3)  # rank 1 is in the barrier soon after it has printed
     os.kill(pids[1], signal.SIGTERM)
-    done = running.wait(20)
+    done = running.wait(60)
     assert done.returncode == 143
     assert "in 'never': stopped by SIGTERM" in done.stderr
     assert launchers.all_gone(pids.values())
@@ -280,7 +280,7 @@ def test_a_stopped_launcher_lets_every_rank_save_first(mpi: launchers.Mpi, tmp_p
     pids = running.rank_pids(2)
     time.sleep(0.3)
     running.process.send_signal(signum)
-    done = running.wait(20)
+    done = running.wait(60)
     assert done.returncode != 0
     assert sorted(path.name for path in tmp_path.glob("saved-*")) == ["saved-0", "saved-1"]
     assert launchers.all_gone(pids.values())

@@ -32,7 +32,7 @@ CASES = st.lists(st.tuples(st.binary(max_size=6000), st.integers(-1, 4095)), min
 
 @given(cases=CASES, start=st.sampled_from([0, 17, 4096, 70_000]), stem=st.sampled_from(["archive", "ümläut", "a b"]))
 @example(cases=[(b"", -1), (b"", 0), (b"x", 64)], start=0, stem="archive")
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_every_record_lies_where_it_was_asked_for(cases, start, stem):
     records = [(f"data/{number}", data, residue) for number, (data, residue) in enumerate(cases)]
     raw, layout = make_zip(stem, records, start)
@@ -225,7 +225,7 @@ def test_a_flipped_bit_is_found_or_changes_nothing():
 
 
 @given(data=st.data())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_whatever_is_overwritten_is_found_or_changes_nothing(data):
     raw, _ = small_zip()
     before = contents(raw)
@@ -237,7 +237,7 @@ def test_whatever_is_overwritten_is_found_or_changes_nothing(data):
 
 
 @given(cut=st.integers(0, 2000))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_file_cut_short_is_found(cut):
     raw, _ = small_zip()
     with pytest.raises(CorruptionError):

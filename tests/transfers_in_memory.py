@@ -143,7 +143,7 @@ class InMemoryUploads:
     def _called(self, name: str) -> None:
         with self._lock:
             self.calls.append(name)
-        assert self.hold.wait(10)
+        assert self.hold.wait(60)
         if name in self.refuse:
             raise self.refuse[name]
 
