@@ -2,124 +2,28 @@
 
 from __future__ import annotations
 
-import argparse
 import errno
 import os
 import resource
-import signal
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from token_support import RECORD, Data, Run, catalog_of, data, pattern_of
 
-from mlstor import Pattern, signals
 from mlstor.errors import UsageError
-from mlstor.mounts import mount_of
 from mlstor.operations import DONE_DTYPE
-from mlstor.results.phase import RankFigures
-from mlstor.results.stream import OpFigures, StreamReport
-from mlstor.storage.store import Page
-from mlstor.stream import fetched as fetched_module, token_records, token_run, tokens
-from mlstor.stream.catalog import Catalog, Objects
-from mlstor.stream.compose import Limits, Pace
-from mlstor.stream.fetched import Fetched
+from mlstor.stream import token_records
+from mlstor.stream.catalog import Objects
 from mlstor.stream.handles import AHEAD, AHEAD_IN_MEMORY, Handles, most_files_open
 from mlstor.stream.order import Order, Share
-from mlstor.stream.reads import Reads
 from mlstor.stream.synthetic import Synthetic
-from mlstor.stream.token_loop import TokenLoop, TokenTally
 from mlstor.stream.token_records import TokenRecords
 from mlstor.stream.tokens import Tokens
 
-RECORD = 4096
-RUN = 77
-
-
-def pattern_of(file_id: int) -> Pattern:
-    return Pattern(RUN, 0, file_id)
-
-
-def catalog_of(sizes: list[int], path: Path) -> Catalog:
-    return Catalog.build([Page([f"part-{i:05d}.npy" for i in range(len(sizes))], sizes)], path)
-
-
-class Run:
-    """One phase of token reads on one rank, and what its tally says."""
-
-    def __init__(self, handles: Handles, records: TokenRecords, **options: Any) -> None:
-        self.handles = handles
-        self.reads = Reads(
-            records,
-            seed=options.get("seed", 3),
-            kind="permutation",
-            rank=options.get("rank", 0),
-            size=options.get("size", 1),
-            uneven="exact",
-            scope="world",
-            epochs=options.get("epochs", 1),
-        )
-        limits = Limits(options.get("ops"), options.get("nbytes"))
-        self.loop = TokenLoop(handles, self.reads, limits, options.get("verify", False))
-        self.start_ns = time.monotonic_ns()
-        self.tally = TokenTally(
-            self.loop.slots, self.start_ns, 0, lambda epoch: "unknown", options.get("verify", False)
-        )
-        self.ticks = 0
-        rate = options.get("rate")
-        duration_s = options.get("duration_s")
-        self.ends_ns = None if duration_s is None else self.start_ns + int(duration_s * 1e9)
-        if rate is not None:
-            self.loop.pace = Pace(self.start_ns, 1e9 / rate)
-            self.loop.ends_ns = self.ends_ns
-
-    def go(self) -> OpFigures:
-        self.loop.run(self.tally, self.ends_ns, self.tick)
-        assert self.handles.outstanding == 0
-        assert self.handles.room == self.handles.capacity
-        return self.figures()
-
-    def figures(self) -> OpFigures:
-        return self.tally.figures([]).get("get-range", OpFigures())
-
-    def tick(self) -> None:
-        self.ticks += 1
-
-
-class Data:
-    """Sixteen real files of 32 records, each with a tail that is no record."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root / "data"
-        self.root.mkdir()
-        sizes = []
-        for number in range(16):
-            data = bytearray(32 * RECORD + 500)
-            pattern_of(number).fill(data)
-            (self.root / f"part-{number:05d}.npy").write_bytes(data)
-            sizes.append(len(data))
-        self.catalog = catalog_of(sizes, root / "catalog")
-        self.records = TokenRecords(self.catalog)
-        self._opened: list[Handles] = []
-
-    def kept(self, most: int = 512, in_flight: int = 8) -> Handles:
-        made = token_records.kept(str(self.root), self.catalog, Tokens("kept", most), in_flight, pattern_of)
-        self._opened.append(made)
-        return made
-
-    def close(self) -> None:
-        for made in self._opened:
-            made.close()
-
-
-@pytest.fixture
-def data(tmp_path: Path) -> Iterator[Data]:
-    made = Data(tmp_path)
-    yield made
-    made.close()
+__all__ = ["data"]
 
 
 # ---- positions ----
@@ -265,7 +169,7 @@ def test_a_duration_ends_it_and_progress_is_told(data: Data) -> None:
 def test_an_open_loop_begins_each_read_when_it_is_meant_to(data: Data) -> None:
     handles = data.kept()
     Run(handles, data.records).go()  # files are open, direct I/O is known
-    run = Run(handles, data.records, epochs=None, rate=500, duration_s=0.3)
+    run = Run(handles, data.records, epochs=None, rate=500, ops=150)
     begun: list[tuple[int, int]] = []
     read = handles.read
 
@@ -392,226 +296,3 @@ def test_open_files_are_bounded_by_what_the_limit_of_the_process_leaves() -> Non
         assert most_files_open(1000, under_way=1000) == 1
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-
-
-# ---- options ----
-
-
-def options(*words: str, **fields: Any) -> Any:
-    parser = argparse.ArgumentParser()
-    tokens.add_options(parser)
-    others = {
-        "profile": None,
-        "seed": None,
-        "rate": None,
-        "workers": None,
-        "in_flight": None,
-        "put": None,
-        "head": None,
-        "delete": None,
-        "read_nbytes": None,
-        "read_offset": 0,
-        "range": None,
-    }
-    return SimpleNamespace(**{**others, **fields, **vars(parser.parse_args(words))})
-
-
-def test_options_become_those_of_records() -> None:
-    given = options("--pattern", "tokens", "--record", "8KiB", "--handles", "open", "--max-handles", "9")
-    assert tokens.apply(given) == Tokens("open", 9, 8192)
-    assert (given.read_nbytes, given.range) == (8192, "records")
-    assert tokens.apply(options("--pattern", "tokens")) == Tokens("kept", 512, 4096)
-    assert tokens.apply(options()) is None
-
-
-def test_the_olmo_profile_paces_each_node_and_knows_what_p99_may_be() -> None:
-    given = options(profile="olmo-1b")
-    assert tokens.apply(given) == Tokens("open", 512, 4096)
-    assert (given.in_flight, given.workers, given.seed) == (None, 1, 6198)
-    assert [tokens.threads_of(given, rank, 8) for rank in (0, 7)] == [4, 4]
-    assert [tokens.threads_of(given, rank, 5) for rank in range(5)] == [7, 7, 6, 6, 6]
-    assert (tokens.threads_of(given, 0, 1), tokens.threads_of(given, 63, 64)) == (32, 1)
-    assert tokens.threads_of(options(), 0, 1) is None
-    assert tokens.rate_of_all(given, hosts=3) == 30_000
-    of_zero = options(profile="olmo-1b", seed=0)
-    tokens.apply(of_zero)
-    assert of_zero.seed == 0
-    assert tokens.p99_goal_ns(8 * 4 * 3, 30_000) == 3_200_000
-    faster = options("--rate-per-node", "20000", "--handles", "kept", profile="olmo-1b", in_flight=16)
-    assert tokens.apply(faster) == Tokens("kept", 512, 4096)
-    assert (faster.in_flight, tokens.rate_of_all(faster, hosts=1)) == (16, 20_000)
-
-
-@pytest.mark.parametrize(
-    ("words", "fields", "said"),
-    [
-        (["--handles", "kept"], {}, "--handles is an option of --pattern tokens"),
-        (["--record", "4096"], {}, "--record is an option"),
-        (["--pattern", "tokens"], {"put": 100.0}, "only reads"),
-        (["--pattern", "tokens"], {"read_nbytes": 1}, "whole records"),
-        (["--pattern", "tokens"], {"range": "random"}, "whole records"),
-        (["--pattern", "tokens", "--record", "0"], {}, "--record 0"),
-        (["--pattern", "tokens", "--max-handles", "0"], {}, "--max-handles 0"),
-    ],
-)
-def test_what_token_reads_exclude_is_refused(words: list[str], fields: dict[str, Any], said: str) -> None:
-    with pytest.raises(UsageError, match=said):
-        tokens.apply(options(*words, **fields))
-
-
-def test_two_rates_exclude_one_another() -> None:
-    given = options("--pattern", "tokens", "--rate-per-node", "5", rate=3.0)
-    with pytest.raises(UsageError, match="give one of them"):
-        tokens.rate_of_all(given, 1)
-    assert tokens.rate_of_all(options(rate=3.0), 1) == 3.0
-    assert tokens.rate_of_all(options(), 1) is None
-    with pytest.raises(UsageError, match="nothing to do"):
-        tokens.rate_of_all(options("--rate-per-node", "0"), 1)
-
-
-# ---- what was fetched ----
-
-
-def test_fetched_bytes_are_those_of_direct_reads(shared_fs: Callable[[str], Path]) -> None:
-    directory = shared_fs("ext4")
-    root = directory / "data"
-    root.mkdir()
-    block = bytearray(RECORD * 64)
-    pattern_of(0).fill(block)
-    (root / "part-00000.npy").write_bytes(block)
-    catalog = catalog_of([len(block)], directory / "c")
-    handles = token_records.kept(str(root), catalog, Tokens("kept", 1), 4)
-    try:
-        records = TokenRecords(catalog)
-        Run(handles, records, ops=1).go()
-        counted = Fetched(str(root), of_host=True)
-        assert Run(handles, records).go().nbytes == 64 * RECORD
-        assert counted.source == "read_bytes of /proc/self/io"
-        assert counted.nbytes() == 64 * RECORD
-    finally:
-        handles.close()
-
-
-def test_where_nothing_tells_fetched_bytes_are_unknown(shared_fs: Callable[[str], Path]) -> None:
-    counted = Fetched(str(shared_fs("tmpfs")), of_host=True)
-    assert (counted.source, counted.nbytes()) == ("", None)
-
-
-_MOUNTSTATS = """device rootfs mounted on / with fstype rootfs
-device server:/export mounted on /data with fstype nfs4 statvers=1.1
-	opts:	rw,vers=4.2
-	bytes:	10 0 20 0 {read} 0 7 0
-device server:/other mounted on /elsewhere with fstype nfs4 statvers=1.1
-	bytes:	1 2 3 4 99999 6 7 8
-"""
-
-
-def test_on_nfs_the_mount_tells_what_its_server_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    here = mount_of("/")
-    assert here is not None
-    import dataclasses
-
-    nfs = dataclasses.replace(here, fs_type="nfs4", mount_point="/data")
-    monkeypatch.setattr(fetched_module, "mount_of", lambda path: nfs)
-    stats = tmp_path / "proc/self/mountstats"
-    stats.parent.mkdir(parents=True)
-    stats.write_text(_MOUNTSTATS.format(read=1000))
-    leader, other = (Fetched("/data/x", of_host, str(tmp_path)) for of_host in (True, False))
-    stats.write_text(_MOUNTSTATS.format(read=9192))
-    assert (leader.nbytes(), other.nbytes()) == (8192, 0)
-    stats.write_text("device server:/gone mounted on /gone with fstype nfs4\n")
-    assert leader.nbytes() is None
-
-
-# ---- as a part of a run ----
-
-
-def session_of(data: Data, **fields: Any) -> Any:
-    given = {"tokens": Tokens("kept", 512), "verify": None, **fields.pop("options", {})}
-    others = {
-        "objects": data.catalog,
-        "read_of": None,
-        "group": SimpleNamespace(scheme="file", url=str(data.root)),
-        "world": SimpleNamespace(local_rank=0, size=4),
-        "workers": 1,
-        "in_flight": 8,
-        "rate": None,
-    }
-    return SimpleNamespace(**{**others, **fields, "options": SimpleNamespace(**given)})
-
-
-def test_a_run_keeps_handles_if_it_is_asked_to_and_can(data: Data) -> None:
-    assert token_run.kept_of(session_of(data, options={"tokens": None})) is None
-    assert token_run.kept_of(session_of(data, options={"tokens": Tokens("open", 512)})) is None
-    with pytest.raises(UsageError, match="no handles to keep"):
-        token_run.kept_of(session_of(data, group=SimpleNamespace(scheme="s3", url="s3://bucket")))
-    written = SimpleNamespace(run_key=RUN, compressibility=0)
-    handles = token_run.kept_of(session_of(data, options={"verify": "pattern"}, read_of=written))
-    assert handles is not None
-    try:
-        assert handles.capacity == 8 + 512
-        assert Run(handles, data.records, verify=True).go().count == 512
-    finally:
-        handles.close()
-
-
-def test_the_report_says_what_was_opened_and_how(data: Data) -> None:
-    session = session_of(data)
-    handles = data.kept()
-    report = StreamReport(
-        number=0,
-        name="stream",
-        process=0,
-        host=0,
-        barrier_unix_ns=0,
-        ranks=[RankFigures(0, 0, 0, 0, 512 * RECORD, 512)],
-    )
-    opened = token_run.Opened(session, handles)
-    Run(handles, data.records).go()
-    opened.write(report)
-    assert report.opens == 16
-    assert sum(path.nfiles for path in report.paths) == 16
-    assert {path.backend for path in report.paths} == {handles.backend}
-    expected = "no" if {path.direct for path in report.paths} == {"yes"} else "unknown"
-    assert report.cached.verdict == ("yes" if report.paths[0].fs_type == "tmpfs" else expected)
-    again = token_run.Opened(session, handles)
-    Run(handles, data.records).go()
-    again.write(report)
-    assert report.opens == 0
-
-
-def test_what_p99_is_to_keep_follows_from_threads_and_rate(data: Data) -> None:
-    assert token_run.p99_goal_ns(session_of(data, rate=10_000.0)) == 3_200_000
-    assert token_run.p99_goal_ns(session_of(data)) is None
-    assert token_run.p99_goal_ns(session_of(data, rate=10.0, options={"tokens": None})) is None
-
-
-def test_a_signal_amidst_the_counting_waits_until_that_is_done(data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = Run(data.kept(), data.records, epochs=None)
-    span = TokenTally._span
-
-    def interrupted(self: TokenTally, *ends: Any) -> None:  # what has been added so far is not all
-        signal.raise_signal(signal.SIGINT)
-        span(self, *ends)
-
-    monkeypatch.setattr(TokenTally, "_span", interrupted)
-    monkeypatch.setattr(signals.Interrupts, "_handle", _once(signals.Interrupts._handle))
-    with signals.Interrupts(), pytest.raises(KeyboardInterrupt):
-        run.go()
-    assert run.tally.count == run.figures().count > 0
-
-
-def _once(handle: Callable[..., None]) -> Callable[..., None]:
-    """The first signal alone is handled."""
-
-    def handled(self: signals.Interrupts, *signal: Any) -> None:
-        if self.received is None:
-            handle(self, *signal)
-
-    return handled
-
-
-def test_reads_of_an_open_loop_that_found_no_room_are_told(data: Data) -> None:
-    run = Run(data.kept(in_flight=1), data.records, epochs=None, rate=20_000_000, duration_s=0.2)
-    figures = run.go()
-    assert figures.count + figures.cancelled == pytest.approx(4_000_000, abs=20)
