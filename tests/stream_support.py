@@ -271,6 +271,12 @@ class StreamBench:
             code = cli.main(["stream", *self.arguments(*options)])
         return StreamRan(code, out.getvalue(), err.getvalue(), self.results)
 
+    def refused(self, *options: object) -> str:
+        """What a run says that does not begin."""
+        ran = self.run(*options)
+        assert ran.code == 2, (ran.code, ran.out, ran.err)
+        return ran.sentence
+
     def __call__(self, *options: object) -> StreamRan:
         """A run in this process, which must succeed."""
         ran = self.run(*options)

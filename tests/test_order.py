@@ -336,7 +336,7 @@ def test_ranks_without_objects_do_not_keep_the_others_from_agreeing() -> None:
 def test_ranks_that_stopped_elsewhere_disagree(places: list[tuple[int, int]]) -> None:
     states = [state_of(Share(20, rank, 2), 0, 0, epoch=e, position=p) for rank, (e, p) in enumerate(places)]
     (epoch, position), (_, _) = sorted(places)
-    with pytest.raises(UsageError, match=rf"disagree: rank \d is in epoch {epoch} at position {position}, .*one step"):
+    with pytest.raises(UsageError, match=rf"disagree: rank \d is in epoch {epoch} at position {position}, .*one epoch"):
         State.agree(states)
 
 

@@ -138,6 +138,25 @@ def test_after_kill_9_cleaning_leaves_nothing_of_the_run(stream):
     assert [path.name for path in Path(stream.url).iterdir()] == ["foreign"]
 
 
+def test_a_directory_is_made_if_that_is_asked_for_and_its_url_may_be_escaped(stream, tmp_path):
+    stream.url = f"file://{tmp_path}/new%20one"
+    assert "doesn't exist" in stream.refused("--fill", 5, "--size", 100)
+    stream("-o", "create=yes", "--fill", 5, "--size", 100)
+    assert len(list((tmp_path / "new one").rglob("0*"))) == 5
+    assert stream("--verify").stream.phases[0].verification.verified_nbytes == 500
+
+
+def test_the_record_says_how_a_directory_was_read(stream):
+    (Path(stream.url) / "one").write_bytes(bytes(100_000))
+    record = stream().stream
+    [taken] = record.phases[0].paths
+    assert record.stores[0].facts["direct"] == taken.direct
+    assert record.stores[0].facts["reason"] != "nothing was read"
+    record = stream("--pattern", "tokens", "--record", "4KiB").stream
+    assert not {"direct", "reason"} & record.stores[0].facts.keys()
+    assert record.phases[0].paths
+
+
 def test_interrupted_ranks_leave_one_partial_record(stream):
     for index in range(200):
         (Path(stream.url) / f"{index:03d}").write_bytes(bytes(10_000))

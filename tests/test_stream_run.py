@@ -182,17 +182,40 @@ def test_deletions_alone_remove_what_a_run_wrote_and_then_end(stream):
     ("options", "check"),
     [
         (("--read-bytes", 100), lambda size, nbytes: nbytes == min(100, size)),
-        (("--read-bytes", 100, "--read-offset", 50), lambda size, nbytes: nbytes == min(100, max(0, size - 50))),
+        (("--read-bytes", 100, "--read-offset", 20), lambda size, nbytes: nbytes == min(100, size - 20)),
         (("--read-bytes", 100, "--range", "random"), lambda size, nbytes: nbytes == min(100, size)),
     ],
 )
 def test_ranges_lie_within_their_objects(stream, options, check):
-    stream.put(200, lambda index: index)
+    stream.put(200, lambda index: 21 + index)
     phase = stream(*options).stream.phases[0]
     assert phase.ops["get-range"].nbytes == sum(
-        next(nbytes for nbytes in range(101) if check(size, nbytes)) for size in range(200)
+        next(nbytes for nbytes in range(101) if check(size, nbytes)) for size in range(21, 221)
     )
     assert phase.ops["get-range"].count == 200
+
+
+def test_an_offset_beyond_an_object_is_refused_before_anything_is_read(stream):
+    """A server answers such a read with 416, and a directory with nothing."""
+    stream.put(200, lambda index: 21 + index)
+    said = stream.refused("--read-bytes", 100, "--read-offset", 50)
+    assert "--read-offset 50 lies at or beyond the end of 30 of the 200 objects" in said
+    assert did(Op.READ) == []
+
+
+def test_objects_that_a_run_deleted_from_are_not_taken_for_whole(stream):
+    options = ("--fill", 20, "--size", 300, "--get", 50, "--put", 30, "--delete", 20)
+    ops = stream(*options, "--ops", 200, "--run-id", "mixed").stream.phases[-1].ops
+    left = 20 + ops["put"].count - ops["delete"].count
+    for words in (("--verify",), ("--objects-of", "mixed"), ("--delete", "100%", "--ops", 9, "--objects-of", "mixed")):
+        assert "objects of run mixed were deleted" in stream.refused(*words)
+    assert f"{left} objects of run mixed removed" in stream("--clean", "mixed").out
+    stream("--put", 100, "--size", 300, "--ops", 40, "--run-id", "older")
+    stream("--put", 100, "--size", 300, "--ops", 40, "--run-id", "newer")
+    stream("--delete", "100%", "--objects-of", "older", "--ops", 10)
+    assert "objects of run older were deleted" in stream.refused("--objects-of", "older")
+    assert stream("--objects-of", "last").stream.phases[0].ops["get"].count == 40
+    assert "30 objects of run older removed" in stream("--clean", "older").out
 
 
 def test_ranges_are_verified_by_their_place_in_the_object(stream):

@@ -162,6 +162,14 @@ def test_an_option_that_the_store_has_not_is_said(capsys):
     assert "colour is not for this kind of store, which has endpoint" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "option", ["insecure=n", "anonymous=maybe", "path_style=1", "follow=disabled", "split_reads=yes,no"]
+)
+def test_what_is_neither_yes_nor_no_is_not_taken_for_yes(capsys, option):
+    assert cli.main(["verify", "s3://bucket/a.pt", "--endpoint", "http://127.0.0.1:9", "-o", option]) == 2
+    assert f"the option {option} is neither yes nor no" in capsys.readouterr().err
+
+
 def test_a_directory_without_checkpoints_and_a_missing_file_are_said(tmp_path, capsys):
     with pytest.raises(UsageError, match="holds no checkpoint"):
         verify.main([str(tmp_path)])

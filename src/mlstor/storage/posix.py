@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 IN_FLIGHT = 32
 #: Staging per file in flight, where the setting is automatic: 64 MiB for two workers with 32 each.
 SLOT_BYTES = 1 << 20
+#: What `describe` gives as reason before anything was read.
+NOTHING_READ = "nothing was read"
 _DELETE_BATCH = 4096
 
 
@@ -228,14 +230,14 @@ class PosixStore:
         """For the record: where, how it was read (direct: yes, no or unverified, and why), options."""
         from mlstor._io import alignment
 
-        paths = sorted({(files.direct, files.reason) for files in self._made if files.reason != "nothing was read"})
+        paths = sorted({(files.direct, files.reason) for files in self._made if files.reason != NOTHING_READ})
         return {
             "scheme": "file",
             "path": self.path,
             "fs_type": alignment(self.path)["fs_type"],
             "durable": self.durable,
             "direct": paths[0][0] if paths else "unverified",
-            "reason": "; ".join(reason for _, reason in paths) or "nothing was read",
+            "reason": "; ".join(reason for _, reason in paths) or NOTHING_READ,
         }
 
     def close(self) -> None:

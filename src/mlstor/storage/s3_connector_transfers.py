@@ -115,7 +115,7 @@ class ConnectorTransfers:
             return 0
         array = records(transfers, TRANSFERS).copy()
         if array["digest"].any():
-            raise UsageError("s3torchconnector sends and compares no checksums: ask for none")
+            raise UsageError("s3torchconnector sends and compares no checksums: ask for none (--no-checksum)")
         text = memoryview(names).cast("B")
         memory = None if buffer is None else memoryview(buffer).cast("B")
         _check(array, text.nbytes, memory, pattern)

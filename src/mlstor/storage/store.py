@@ -99,12 +99,17 @@ def open_store(url: str, **options: Any) -> Store:
 
     scheme = scheme_of(url)
     opening = importlib.import_module(_SCHEMES[scheme]).open
-    known = [name for name, one in inspect.signature(opening).parameters.items() if one.kind is one.KEYWORD_ONLY]
+    parameters = inspect.signature(opening).parameters
+    known = [name for name, one in parameters.items() if one.kind is one.KEYWORD_ONLY]
     unknown = sorted(options.keys() - set(known))
     if unknown:
         raise UsageError(
             f"{url}: the option {', '.join(unknown)} is not for this kind of store, which has {', '.join(known)}"
         )
+    for name, value in options.items():
+        kinds = str(parameters[name].annotation).split(" | ")  # text: modules have annotations from __future__
+        if "bool" in kinds and not (isinstance(value, bool) or (value is None and "None" in kinds)):
+            raise UsageError(f"{url}: the option {name}={value} is neither yes nor no")
     store: Store = opening(url, **options)
     return store
 

@@ -12,6 +12,7 @@ from mlstor.mounts import device_of, mount_of
 from mlstor.results import record
 from mlstor.results.phase import PathTaken
 from mlstor.results.stream_workload import StoreUsed, StreamWorkload
+from mlstor.storage import posix
 from mlstor.stream import token_run
 from mlstor.stream.mix import LABELS, Kind
 from mlstor.stream.sizes import Sizes
@@ -189,10 +190,20 @@ def workload_record(session: Session, workload: Workload, stores: Sequence[Store
     )
 
 
+def stores(session: Session) -> list[StoreUsed]:
+    """The store of this process, and how it was reached and read until now. Of a directory that was not read by its
+    own transfers (token reads go by handles) the record's targets tell.
+    """
+    found = facts(session.store)
+    if found.get("reason") == posix.NOTHING_READ:
+        del found["direct"], found["reason"]
+    return [StoreUsed(url=session.store.url, facts=found)]
+
+
 def header(session: Session, workload: Workload, reports: list[HostReport], start_unix_ns: int) -> record.StreamRecord:
     """The record before its first phase."""
     world = session.world
-    stores = [StoreUsed(url=session.store.url, facts=facts(session.store))]
+    used = stores(session)
     return record.StreamRecord(
         run_id=session.results_id,
         status="partial",
@@ -204,8 +215,8 @@ def header(session: Session, workload: Workload, reports: list[HostReport], star
             for name, entry in session.settings.describe().items()
             if name == "results_dir" or session.group.scheme == "file"
         },
-        workload=workload_record(session, workload, stores),
-        stores=stores,
+        workload=workload_record(session, workload, used),
+        stores=used,
         world=world_record(world, world.size),
         hosts=[report.host for report in reports],
         targets=[target for report in reports for target in report.targets],

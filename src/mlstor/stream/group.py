@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from mlstor.agreement import agreed
 from mlstor.checkpoint import targets
 from mlstor.errors import UsageError
+from mlstor.storage.posix import path_of
 from mlstor.storage.store import open_store, scheme_of
 
 if TYPE_CHECKING:
@@ -66,11 +67,17 @@ def find(world: World, options: Options, run_id: str, writes: bool) -> Group:
         url = targets.chosen(options.urls, rank=world.rank, local_rank=world.local_rank, hostname=world.hostname)
         scheme = scheme_of(url)
         if scheme == "file":
-            url = os.path.abspath(url.removeprefix("file://"))
-            targets.check_directory(url, write=writes)
+            url = path_of(url)
+            if options.store_options.get("create") is True and world.local_rank == 0:
+                mended_by_user(lambda: os.makedirs(url, exist_ok=True), url)
         return url, scheme
 
+    def check() -> None:
+        if scheme == "file":
+            targets.check_directory(url, write=writes)
+
     url, scheme = agreed(world, resolve)
+    agreed(world, check)
     said = [tuple(json.loads(text)) for text in world.allgather(json.dumps([url, scheme]).encode())]
     schemes = {found for _, found in said}
 

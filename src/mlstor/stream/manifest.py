@@ -31,8 +31,8 @@ _REMOVED_AT_ONCE = 1000
 
 class Manifest(msgspec.Struct, kw_only=True):
     """What a run writes. `run_key`: 64 random bits in the stamps of its data. `begun`: its objects have numbers below;
-    `whole`: the objects below that are all there. Both are of the last phase that ended; unless the run has `ended`,
-    there may be more. `before`: the run that wrote last until then.
+    `whole`: the objects below that were all written. Both are of the last phase that ended; unless the run has `ended`,
+    there may be more. `thinned`: a run that deletes has had some of them. `before`: the run that wrote last until then.
     """
 
     format: str = FORMAT
@@ -46,6 +46,7 @@ class Manifest(msgspec.Struct, kw_only=True):
     ended: bool = True
     begun: int = 0
     whole: int = 0
+    thinned: bool = False
 
     def objects(self, count: int = MOST_OBJECTS) -> Synthetic:
         """The first `count` objects, by default more than there will be."""
@@ -87,6 +88,14 @@ def save(store: Store, manifest: Manifest) -> None:
     """Put the manifest where readers find it."""
     store.write(f"{manifest.run_id}/{NAME}", _encoded(manifest))
     store.write(NAME, _encoded(manifest))
+
+
+def save_again(store: Store, manifest: Manifest) -> None:
+    """Put a changed manifest in the place of its former self; which run has written last stays as it is."""
+    latest = load(store, LAST)
+    store.write(f"{manifest.run_id}/{NAME}", _encoded(manifest))
+    if latest is not None and latest.run_id == manifest.run_id:
+        store.write(NAME, _encoded(manifest))
 
 
 def _encoded(manifest: Manifest) -> bytes:
@@ -136,10 +145,11 @@ def wanted(store: Store, run_id: str) -> Manifest:
 def remove_objects(store: Store, manifest: Manifest, rank: int = 0, size: int = 1) -> int:
     """Remove this rank's part of what a run has written; how many objects that were. The manifest stays.
 
-    Of a run that did not end by itself the store is asked what is there; only names that such a run makes are removed,
-    and with them what its killed writes left in a directory, which is no object and not counted.
+    Of a run that did not end by itself, or whose objects were deleted in part, the store is asked what is there; only
+    names that such a run makes are removed, and with them what its killed writes left in a directory, which is no
+    object and not counted.
     """
-    if not manifest.ended:
+    if not manifest.ended or manifest.thinned:
         own = re.compile(re.escape(manifest.run_id) + ("/[0-9a-f]{5}" if manifest.dirs else "") + "/[0-9a-f]{12}")
         count = 0
         for page in store.list(f"{manifest.run_id}/") if rank == 0 else ():

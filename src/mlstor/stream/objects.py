@@ -317,7 +317,9 @@ class ObjectStream:
     # -- where it is --
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the stream is: plain integers and strings. Loads with any number of ranks."""
+        """Where the stream is: plain integers and strings. Loads on as many ranks, each its own; on another number
+        those of all ranks load, where all had taken equally many objects of one epoch, in its order.
+        """
         return self._state().as_dict()
 
     def _state(self) -> State:

@@ -14,11 +14,13 @@ from mlstor.stream.draws import U64, Purpose, generator
 from mlstor.stream.order import Order, Scope, Share, Uneven
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from mlstor.stream.catalog import Objects, Packed
     from mlstor.stream.order import Kind as OrderKind
 
 _CHUNK = 1 << 20
-_NOTHING_READ = "--bytes never ends: nothing is in the objects, or beyond --read-offset"
+_NOTHING_READ = "--bytes never ends: nothing is in the objects"
 
 
 @dataclass(frozen=True)
@@ -59,12 +61,24 @@ class Ranges:
 
 
 class FixedRanges(Ranges):
-    """The same range of every object; of one that ends before, what there is of it."""
+    """The same range of every object; of one that ends within it, what there is of it.
+
+    Raises
+    ------
+    UsageError
+        If an object ends before the range begins: servers refuse such a read (HTTP 416).
+    """
 
     def __init__(self, objects: Objects, offset: int, nbytes: int) -> None:
         super().__init__(objects)
         self.offset, self.nbytes = offset, nbytes
         self.words = f"{nbytes} bytes at {offset}"
+        short = sum(int((sizes <= np.uint64(offset)).sum()) for sizes in _all_sizes(objects)) if offset else 0
+        if short:
+            raise UsageError(
+                f"--read-offset {offset} lies at or beyond the end of {short:,} of the {len(objects):,} objects: "
+                "give a smaller one, or leave them out by --list-file"
+            )
 
     def unit_nbytes(self, units: U64) -> U64:
         return self.pick(units)[3]
@@ -104,10 +118,7 @@ class Records(Ranges):
         self.nbytes = nbytes
         self.words = f"records of {nbytes} bytes"
         count = len(objects)
-        sizes = np.empty(count, np.uint64)
-        for at in range(0, count, _CHUNK):
-            part = np.arange(at, min(at + _CHUNK, count), dtype=np.uint64)
-            sizes[at : at + _CHUNK] = _known(objects.pack(part).sizes)
+        sizes = np.concatenate([np.zeros(0, np.uint64), *_all_sizes(objects)])
         # where each object's records end in the sequence of all: 8 bytes per object
         self._ends = np.cumsum(-(-sizes.astype(np.int64) // nbytes), dtype=np.int64).astype(np.uint64)
         self.units = int(self._ends[-1]) if count else 0
@@ -123,6 +134,12 @@ class Records(Ranges):
         packed = self.objects.pack(index)
         offset = (units - first) * np.uint64(self.nbytes or 1)
         return index, packed, offset, np.minimum(np.uint64(self.nbytes or 0), packed.sizes - offset)
+
+
+def _all_sizes(objects: Objects) -> Iterator[U64]:
+    """Of all objects, a million at a time."""
+    for at in range(0, len(objects), _CHUNK):
+        yield _known(objects.pack(np.arange(at, min(at + _CHUNK, len(objects)), dtype=np.uint64)).sizes)
 
 
 def _known(sizes: U64) -> U64:

@@ -79,6 +79,8 @@ class Runner:
                 for number, planned in enumerate(all_of_them):
                     self._phase(number, planned, workload, transfers)
                     self._note_written(workload, ended=number == len(all_of_them) - 1)
+            if self.log.header is not None:
+                self.log.header.stores = describe.stores(session)  # how they were read is known only now
             self.log.seal(self.phases, self._show)
             if session.options.cleanup:
                 self._tidy()

@@ -93,6 +93,9 @@ class Session:
         if options.objects_of is not None:
             self.read_of = self.agreed(self._written_before)
             self.objects, self.source = self.read_of.objects(self.read_of.whole), "synthetic"
+            if options.delete:
+                self.read_of.thinned = True
+                self.agreed(self._save_thinned)
         elif options.fill is None and (options.get or options.head):
             self._list()
         if self.writes:
@@ -146,7 +149,22 @@ class Session:
             raise UsageError(
                 f"run {found.run_id} has not written its objects to an end: read what is there without --objects-of"
             )
+        if found.thinned:
+            url = self.store.url.rstrip("/")
+            advice = (
+                f"`mlstor stream --clean {found.run_id} {url}` removes the rest"
+                if self.options.delete
+                else f"read {url}/{found.run_id} without --objects-of, and without --verify pattern"
+            )
+            raise UsageError(
+                f"objects of run {found.run_id} were deleted, and only a listing tells which are left: {advice}"
+            )
         return found
+
+    def _save_thinned(self) -> None:
+        found = self.read_of
+        if found is not None and self.group.leads:
+            groups.mended_by_user(lambda: manifests.save_again(self.store, found), self.store.url)
 
     # -- what is written --
 
@@ -160,6 +178,7 @@ class Session:
             dirs=self.options.prefix_dirs,
             compressibility=self.options.compressibility,
             ended=False,
+            thinned=self.options.delete > 0,
         )
 
         def claim() -> None:

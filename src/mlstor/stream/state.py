@@ -141,7 +141,10 @@ class State:
         if any((state.epoch, state.position) != (epoch, there) for state, there in zip(moving, expected, strict=True)):
             places = [(state.epoch, state.position, rank) for rank, state in enumerate(states[: len(moving)])]
             texts = [f"rank {rank} is in epoch {e} at position {p}" for e, p, rank in (min(places), max(places))]
-            raise UsageError(f"ranks' states disagree: {', '.join(texts)}; load states that were saved at one step")
+            raise UsageError(
+                f"ranks' states disagree: {', '.join(texts)}; load states that were saved "
+                "at the same object of one epoch, or on as many ranks each its own"
+            )
         return replace(first, epoch=epoch, position=min(least + ahead, first.n))
 
     def _begun(self, epoch: int) -> State:
