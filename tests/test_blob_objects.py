@@ -140,6 +140,13 @@ def test_cancelled_or_interrupted_an_upload_is_aborted(blob: Blob, store: S3Stor
     assert blob.publish(12 * MIB, one_piece(data), keep=data).etag == blob.stat().etag
 
 
+@pytest.mark.parametrize("nbytes", [MIB, 5 * MIB // 2])
+def test_a_limit_holds_for_what_goes_at_once_and_for_the_last_part(blob: Blob, small_parts: None, nbytes: int) -> None:
+    data = noise_array(nbytes)
+    done = blob.publish(nbytes, one_piece(data), keep=data, max_bandwidth=4 * MIB)
+    assert done.end_ns - done.start_ns >= nbytes / (4 * MIB) * 1e9
+
+
 def test_a_late_piece_that_fails_begins_no_upload(blob: Blob, store: S3Store, small_parts: None) -> None:
     data = noise_array(2 * MIB)
     with pytest.raises(ZeroDivisionError):

@@ -23,7 +23,7 @@ from torch.distributed.checkpoint._extension import ExtensionRegistry, StreamTra
 
 from mlstor.blob.directory import FileDirectory  # noqa: E402
 from mlstor.blob.types import BlobInfo, read_all  # noqa: E402
-from mlstor.errors import UsageError  # noqa: E402
+from mlstor.errors import CorruptionError, UsageError  # noqa: E402
 from mlstor.torch import (  # noqa: E402
     StorageReader,
     StorageWriter,
@@ -363,3 +363,28 @@ def test_the_default_device_of_the_job_does_not_matter(tmp_path: Path) -> None:
             quietly(dcp.load, into, storage_reader=StorageReader(path))
         into["large"] = into["large"].bfloat16()
         assert_same(into, state)
+
+
+def test_a_data_file_that_was_cut_short_is_damage(tmp_path: Path) -> None:
+    state = {"w": torch.arange(600_000.0), "b": torch.ones(3)}
+    save(state, tmp_path / "ours")
+    quietly(dcp.save, state, storage_writer=dcp.FileSystemWriter(tmp_path / "stock"), no_dist=True)
+    for kind, said in (("ours", "was written with"), ("stock", "goes to")):
+        data = tmp_path / kind / "__0_0.distcp"
+        os.truncate(data, data.stat().st_size // 2)
+        with pytest.raises(BaseException, match=f"{data.name}: it .* {said}") as failed:
+            load(blank(state), tmp_path / kind)
+        [cause] = getattr(failed.value, "failures", {0: (failed.value,)}).values()
+        assert isinstance(cause[0], CorruptionError)
+
+
+def test_without_sums_what_the_items_own_sums_verify_is_not_called_unverified(tmp_path: Path) -> None:
+    state = {"w": torch.arange(600_000.0)}
+    save(state, tmp_path)
+    (tmp_path / "__0_0.distcp.sums").unlink()
+    with pytest.warns(UserWarning, match="is missing") as warned:
+        dcp.load(blank(state), storage_reader=StorageReader(tmp_path), no_dist=True)
+    said = [one.message for one in warned if "is missing" in str(one.message)]
+    assert len(said) == 1
+    assert not isinstance(said[0], UnverifiedWarning)
+    assert "all that was wanted is verified" in str(said[0])

@@ -169,3 +169,22 @@ def test_an_aligned_buffer_is_memory() -> None:
             AlignedBuffer(nbytes, align)
     with pytest.raises(MemoryError):
         AlignedBuffer(1 << 60)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_takes_a_files_place_keeps_its_mode_and_owner(
+    by_backend: dict[str, Engine], tmp_path: Path, backend: str
+) -> None:
+    path, data = tmp_path / "private", b"x" * 10_000
+    by_backend[backend].write_file(path, data)
+    ordinary = path.stat().st_mode
+    path.chmod(0o600)
+    owner = (1234, 1235) if os.geteuid() == 0 else (os.geteuid(), os.getegid())
+    os.chown(path, *owner)
+    inode = path.stat().st_ino
+    by_backend[backend].write_file(path, data)
+    found = path.stat()
+    assert found.st_ino != inode
+    assert (found.st_mode & 0o777, found.st_uid, found.st_gid) == (0o600, *owner)
+    by_backend[backend].write_file(tmp_path / "new", data)
+    assert (tmp_path / "new").stat().st_mode == ordinary

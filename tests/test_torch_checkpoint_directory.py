@@ -265,6 +265,7 @@ def test_a_failed_save_leaves_what_was_there(tmpfs_mount: Any) -> None:
         ({"keep": -1}, "keep=-1"),
         ({"keep": "3"}, "keep=3"),
         ({"prefix": "a/b"}, "prefix='a/b'"),
+        ({"prefix": None}, "prefix=None"),
         ({"prefix": ""}, "prefix=''"),
     ],
 )

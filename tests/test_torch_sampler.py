@@ -243,6 +243,15 @@ def test_what_does_not_fit_is_refused_in_words() -> None:
         EpochSampler(N, rank=2)
 
 
+def test_numbers_that_are_none_are_refused_in_words() -> None:
+    for seed in (-1, 1 << 64, "a", 1.5, None):
+        with pytest.raises(UsageError, match="64 bits"):
+            EpochSampler(5, seed=seed)  # type: ignore[arg-type]
+    for epoch in (-1, "a", 0.5):
+        with pytest.raises(UsageError, match="count from 0"):
+            EpochSampler(5).set_epoch(epoch)  # type: ignore[arg-type]
+
+
 def test_torchrun_s_variables_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "4")

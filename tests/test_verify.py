@@ -278,7 +278,10 @@ def test_distributed_checkpoints_of_ours_are_verified_to_the_last_byte(tmp_path,
             assert [file["name"] for file in said["files"] if file["status"] == "damaged"] == [str(path)]
             flip(path, offset)
     flip(data, data.stat().st_size // 2)
-    (damaged,) = run(capsys, tmp_path)[1]["files"][1]["findings"]
+    file = run(capsys, tmp_path)[1]["files"][1]
+    (damaged,) = file["findings"]
+    assert file["nbytes"] == data.stat().st_size
+    assert file["verified_nbytes"] == data.stat().st_size - damaged["nbytes"]
     assert damaged["tensor"] == "w"
     assert damaged["offset"] <= data.stat().st_size // 2 < damaged["offset"] + damaged["nbytes"]
     flip(data, data.stat().st_size // 2)

@@ -55,6 +55,8 @@ def upload(
     sender = _Sender(channel, key, name, whole, max_bandwidth, cancel)
     uploads = channel.uploads() if nbytes > PART_BYTES else None
     etag = sender.in_parts(uploads) if uploads else sender.at_once()
+    if max_bandwidth:
+        sender.rest_until(start_ns + nbytes * 10**9 // max_bandwidth)
     return Published(
         name,
         nbytes,
@@ -158,6 +160,16 @@ class _Sender:
         self._whole.gather(offset, nbytes, memory.address)
         self.gathered_bytes += nbytes
         return memory
+
+    def rest_until(self, end_ns: int) -> None:
+        """What goes at once (an object of one part, the last part of others) may be faster than the limit: what comes
+        after it is not begun before its time.
+        """
+        while (left_ns := end_ns - time.monotonic_ns()) > 0:
+            if self._cancel is None:
+                time.sleep(left_ns / 1e9)
+            elif self._cancel.wait(left_ns / 1e9):
+                return  # it is complete all the same
 
     def _look(self) -> None:
         if self._cancel is not None and self._cancel.is_set():

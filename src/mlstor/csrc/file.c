@@ -148,13 +148,23 @@ static bool direct_excluded(const mls_file *file, mls_latches *latches, char *re
     return true;
 }
 
+/* What takes a file's place keeps its mode, and its owner if we may give it that: a private file stays private. */
+static int keep_access(int fd, const struct stat *now, const struct stat *old)
+{
+    if ((now->st_uid != old->st_uid || now->st_gid != old->st_gid) && fchown(fd, old->st_uid, old->st_gid) < 0 &&
+        errno != EPERM)
+        return -errno;
+    return (now->st_mode ^ old->st_mode) & 0777 && fchmod(fd, old->st_mode & 0777) < 0 ? -errno : 0;
+}
+
 int mls_file_open(mls_file *file, bool write, bool temporary, int mode, mls_latches *latches)
 {
     char reason[MLS_REASON_BYTES];
-    struct stat st;
+    struct stat st, old;
     mls_latch latch;
+    const bool replaces = temporary && stat(file->path, &old) == 0;
     /* rename(2) puts a file in the place of a device, pipe or socket too, as root even of /dev/null */
-    if (temporary && stat(file->path, &st) == 0 && !S_ISREG(st.st_mode) && !S_ISDIR(st.st_mode))
+    if (replaces && !S_ISREG(old.st_mode) && !S_ISDIR(old.st_mode))
         return -ENXIO;
     if (temporary && !(file->temporary = temporary_name(file->path)))
         return -ENOMEM;
@@ -185,6 +195,9 @@ int mls_file_open(mls_file *file, bool write, bool temporary, int mode, mls_latc
         return -errno;
     if (S_ISDIR(st.st_mode))
         return -EISDIR;
+    const int kept = replaces && S_ISREG(old.st_mode) ? keep_access(fd, &st, &old) : 0;
+    if (kept)
+        return kept;
     file->nbytes = (uint64_t)st.st_size;
     int probed = mls_probe_alignment(fd, &file->align);
     if (probed < 0)

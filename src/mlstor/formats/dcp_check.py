@@ -7,6 +7,7 @@ items are zips with CRC-32s of their own. ``.metadata`` says where the items are
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mlstor.blob.types import read_all
@@ -138,6 +139,12 @@ def _check_sums(blob: Blob, info: BlobInfo, items: Sequence[_Item], sums: dcp_si
         yield Finding(blob.name, "", ", ".join(inside[:8]), start, end - start, "damaged", why)
     if not damaged:
         yield whole(blob.name, info.nbytes, "ok", "")
+        return
+    for is_damaged, run in groupby(range(len(spans)), key=set(damaged).__contains__):
+        chunks = list(run)
+        if not is_damaged:
+            start, end = spans[chunks[0]][0], spans[chunks[-1]][1]
+            yield Finding(blob.name, "", "", start, end - start, "ok", "")
 
 
 def _check_item(blob: Blob, info: BlobInfo, item: _Item) -> Iterator[Finding]:

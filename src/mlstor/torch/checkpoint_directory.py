@@ -112,7 +112,7 @@ class CheckpointDirectory:
     ) -> None:
         if not isinstance(keep, int) or keep < 0:
             raise UsageError(f"keep={keep}: give how many checkpoints stay, or 0 for all")
-        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", prefix):
+        if not isinstance(prefix, str) or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", prefix):
             raise UsageError(f"prefix={prefix!r}: use letters, digits, '_', '.' and '-'")
         self.keep = keep
         self.prefix = prefix

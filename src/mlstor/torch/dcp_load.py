@@ -98,16 +98,18 @@ class FileLoad:
         OSError
             If the storage fails; ESTALE if the file is replaced meanwhile.
         """
-        self._etag = self._blob.stat().etag
+        info = self._blob.stat()
+        self._etag = info.etag
         try:
-            return self._run()
+            return self._run(info.nbytes)
         except (CorruptionError, OSError) as error:
             if isinstance(error, CorruptionError) or error.errno == errno.ENODATA:
                 require_same(self._blob, self._etag)
             raise
 
-    def _run(self) -> Loaded:
+    def _run(self, nbytes: int) -> Loaded:
         sums = self._load_sums()
+        self._check_length(nbytes, sums)
         records = self._places(sums)
         for index, wanted in enumerate(self._wanted):
             record = records.get((wanted.info.offset, wanted.info.length))
@@ -120,6 +122,14 @@ class FileLoad:
         self._flush(sums)
         self._compare()
         return Loaded(self._contents, self._verified, self._unverified, self._notes)
+
+    def _check_length(self, nbytes: int, sums: Sums | None) -> None:
+        if sums is not None and nbytes != sums.nbytes:
+            raise CorruptionError(f"{self._blob.name}: it has {nbytes} bytes, and was written with {sums.nbytes}")
+        last = max(self._wanted, key=lambda wanted: wanted.info.offset + wanted.info.length)
+        end = last.info.offset + last.info.length
+        if nbytes < end:
+            raise CorruptionError(f"{self._blob.name}: it ends at {nbytes}, but {last.name} goes to {end}")
 
     def _load_sums(self) -> Sums | None:
         """The sums file; None without one that can be relied on: then the file is as one of stock torch."""

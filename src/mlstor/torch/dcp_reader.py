@@ -241,6 +241,10 @@ class StorageReader(_StorageReader):
     def _warn(self, notes: list[str]) -> None:
         if not self._verify or not (self.unverified_bytes or notes):
             return
+        if not self.unverified_bytes:  # the zips in the items have CRC-32s of their own
+            text = f"{self._path}: all that was wanted is verified by the items' own CRC-32s, but {'; '.join(notes)}"
+            warnings.warn(text, UserWarning, stacklevel=4)
+            return
         why = "; ".join(notes) or "stock torch wrote it, and only a part of an item was wanted, or it holds no CRC-32"
         warnings.warn(
             f"{self._path}: loaded, but {self.unverified_bytes} of "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from mlstor.blob.types import LatePiece, make_pieces, require_same
 from mlstor.errors import CorruptionError, MlstorError, UsageError
 from mlstor.formats.safetensors_file import Header, Placed, Tensor, header, lay_out, read_header
 from mlstor.torch import _stock
+from mlstor.torch.loading import UnverifiedWarning
 from mlstor.torch.saving import name_of, opening, parse_bandwidth
 from mlstor.torch.storages import allocate
 
@@ -130,7 +132,7 @@ def load_safetensors(
     """Load the tensors of a safetensors file or object, read in parallel straight to their memory.
 
     The format has no checksums. What `save_safetensors` wrote has them in its metadata, and is verified; a file of
-    another program is checked for its structure only.
+    another program is checked for its structure only, and a warning says so.
 
     Parameters
     ----------
@@ -161,6 +163,11 @@ def load_safetensors(
         If `into` does not fit, or the file holds types that torch has not.
     OSError
         If the storage fails, the file is cut short, or it was replaced while it was read.
+
+    Warns
+    -----
+    UnverifiedWarning
+        If the file has no checksums to compare with, unless `verify` is false.
     """
     name = name_of(f)
     if sys.byteorder != "little":
@@ -187,6 +194,12 @@ def load_safetensors(
     placed = list(found.tensors.values())
     read = _destinations(placed, into)
     verifies = verify and found.sums is not None
+    if verify and not verifies:
+        warnings.warn(
+            f"{blob.name}: loaded, but unverified: it holds none of mlstor's checksums, and the format has none",
+            UnverifiedWarning,
+            stacklevel=2,
+        )
     rows = [
         (one.offset, one.nbytes, read[one.name].data_ptr(), group if verifies else -1)
         for group, one in enumerate(placed)

@@ -6,7 +6,7 @@ import sys
 import warnings
 import weakref
 from collections.abc import Iterator, Mapping, Sequence, Sized
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 from torch.utils.data import Sampler
 
@@ -77,6 +77,8 @@ class EpochSampler(Sampler[int]):
         n = data if isinstance(data, int) else len(data)
         if n < 1:
             raise UsageError("there is nothing to sample: the dataset is empty")
+        if not isinstance(seed, SupportsIndex) or not 0 <= (seed := int(seed)) < 1 << 64:
+            raise UsageError(f"seed={seed!r}: give a number of 64 bits, 0 or more")
         rank, world_size = placed(rank, world_size)
         self._share = Share(n, rank, world_size, uneven)
         self._order = Order(n, seed, "permutation" if shuffle else "sequential")
@@ -92,8 +94,8 @@ class EpochSampler(Sampler[int]):
 
     def set_epoch(self, epoch: int) -> None:
         """The next iteration is this epoch, from its beginning; of the one it would go on with anyway, from there."""
-        if epoch < 0:
-            raise UsageError(f"epoch {epoch}: epochs count from 0")
+        if not isinstance(epoch, SupportsIndex) or (epoch := int(epoch)) < 0:
+            raise UsageError(f"epoch {epoch!r}: epochs are numbers that count from 0")
         if epoch != self._epoch:
             self._epoch, self._base = epoch, 0
             self._latest = None
