@@ -51,6 +51,8 @@ def refused(ran: Ran, *parts: str) -> str:
         (["--expect-ranks", "4"], ["--expect-ranks 4, but without a launcher there is 1 rank"]),
         (["--expect-nodes", "0"], ["--expect-nodes 0 is too low"]),
         (["--hosts", "4"], ["belong to --plan"]),
+        (["--plan", "--hosts", "0"], ["0"]),
+        (["--shared", "--per-node"], ["not allowed with argument"]),
         (["--wirtes", "4"], ["--wirtes", "--help"]),
         (["--workload", "/no/such.yaml"], ["can't read the workload file /no/such.yaml"]),
     ],

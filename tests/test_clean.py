@@ -24,6 +24,13 @@ def test_a_kept_run_is_cleaned_by_its_record(bench: Bench) -> None:
     assert f"no run 'run' under {targets[0]}, {targets[1]}" in again.sentence
 
 
+def test_what_is_no_runs_id_is_refused(bench: Bench) -> None:
+    for run in ("", "..", "../target", "/", str(bench.target)):
+        refused = bench.command("clean", run, bench.target)
+        assert refused.code == 2
+        assert "is no run's id" in refused.sentence
+
+
 def test_the_results_directory_is_the_one_of_the_settings(bench: Bench, monkeypatch) -> None:
     bench("--run-id", "run", "--keep")
     monkeypatch.setenv("MLSTOR_RESULTS", str(bench.results))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
+
 import pytest
 
 from mlstor.checkpoint.mlpstorage import Translated, translate
+from mlstor.checkpoint.mlpstorage_launch import launcher
 from mlstor.errors import UsageError
 
 V2 = "checkpointing run --model llama3-70b --num-processes 64 --client-host-memory-in-gb 256 --checkpoint-folder /ckpt"
@@ -199,8 +202,8 @@ def test_other_params_are_refused_unless_invalid_ones_are_allowed(pair):
         ("reports reportgen", "'reports' is not translated"),
         ("checkpointing", "checkpointing (nothing) is not translated"),
         ("closed checkpointing configview file", "configview is not translated"),
-        (V3.replace(" file", " object"), "object stores are not supported yet"),
-        (V3.replace("/ckpt", "s3://bucket/ckpt"), "object stores are not supported yet"),
+        (V3.replace(" file", " object"), "use `mlstor checkpoint --profile mlperf URL`"),
+        (V3.replace("/ckpt", "s3://bucket/ckpt"), "there is `mlstor checkpoint --profile mlperf`"),
         (V3.replace("llama3-70b", "llama3-7b"), "invalid choice: 'llama3-7b'"),
         (V3.replace(" --model llama3-70b", ""), "required: --model/-m"),
         (V3.replace(" --num-processes 64", ""), "required: --num-processes/-np"),
@@ -263,3 +266,8 @@ def test_closed_of_v2_lets_params_change_the_folder_alone():
 )
 def test_closed_counts_are_accepted(model, nprocs):
     assert translated(f"closed checkpointing run file -m {model} -np {nprocs} -cf /c").nprocs == nprocs
+
+
+def test_mpi_params_with_an_open_quote_are_refused() -> None:
+    with pytest.raises(UsageError, match="--mpi-params 'a: No closing quotation"):
+        launcher(Namespace(mpi_params=["'a"], num_processes=1, mpi_bin="mpirun"), [], False)

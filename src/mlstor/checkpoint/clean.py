@@ -47,6 +47,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--results", metavar="DIR", help="where the run's record is (results)")
     given = parser.parse_intermixed_args(argv)
     options = store_options(given)
+    if given.run in ("", ".", "..") or "/" in given.run:
+        raise UsageError(f"{given.run!r} is no run's id: those are names of directories, as --run-id has them")
     if given.paths:
         paths = [path for pattern in given.paths for path in _matches(pattern)]
     else:

@@ -53,7 +53,7 @@ def _print_plan(options: Options) -> int:
     plan = Plan(
         layout,
         writes=options.writes or 0,
-        nhosts=options.hosts or 1,
+        nhosts=1 if options.hosts is None else options.hosts,
         how=options.deal,
         only=only,
         process_nbytes=process_nbytes,

@@ -282,7 +282,10 @@ def _path(given: argparse.Namespace, action: str) -> str | None:
     if path is None and action == "run":
         raise UsageError("a run needs --checkpoint-folder: the directory that the checkpoints are written to")
     if path is not None and "://" in path:
-        raise UsageError(f"--checkpoint-folder {path}: object stores are not supported yet; give a directory")
+        raise UsageError(
+            f"--checkpoint-folder {path}: mlpstorage's command lines write to directories; for a bucket there is "
+            "`mlstor checkpoint --profile mlperf`"
+        )
     return path
 
 
@@ -312,7 +315,10 @@ def translate(argv: Sequence[str], environ: Mapping[str, str] | None = None) -> 
     mode, action, rest = _words(argv)
     given, left = _parser(action).parse_known_args(rest)
     if mode is not None and left[:1] == ["object"]:
-        raise UsageError("mlpstorage's object protocol: object stores are not supported yet; give file and a directory")
+        raise UsageError(
+            "mlpstorage's object protocol is not taken: give file and a directory, or "
+            "use `mlstor checkpoint --profile mlperf URL`"
+        )
     if mode is not None and left[:1] == ["file"]:
         left = left[1:]
     if left:

@@ -39,7 +39,10 @@ def launcher(given: argparse.Namespace, hosts: list[tuple[str, int]], v3: bool) 
 
     v2.0 fills the hosts in turn, v3.0 goes round them, and v3.0's mpiexec is that of HPE's PALS.
     """
-    extra = [word for text in given.mpi_params or [] for word in shlex.split(text)]
+    try:
+        extra = [word for text in given.mpi_params or [] for word in shlex.split(text)]
+    except ValueError as error:
+        raise UsageError(f"--mpi-params {' '.join(given.mpi_params)}: {error}") from None
     set_by_user = {word.lstrip("-").partition("=")[0] for word in extra if word.startswith("-")}
     names = list(dict.fromkeys(name for name, _ in hosts))
     nprocs = given.num_processes

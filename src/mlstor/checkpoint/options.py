@@ -182,14 +182,15 @@ def parser() -> argparse.ArgumentParser:
         "--keep", nargs="?", const=_EVERY, metavar="N", help="leave the newest N checkpoints (no N: all)"
     )
     where.add_argument("--results", dest="results_dir", metavar="DIR", help="where the record goes (results)")
-    where.add_argument(
+    sharing = where.add_mutually_exclusive_group()
+    sharing.add_argument(
         "--shared",
         dest="sharing",
         action="store_const",
         const="shared",
         help="assert: all hosts see PATH's files",
     )
-    where.add_argument(
+    sharing.add_argument(
         "--per-node",
         dest="sharing",
         action="store_const",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from typing import Any
 
 import lightning.pytorch.plugins.io as lightning_io
@@ -31,6 +32,8 @@ class CheckpointIO(lightning_io.CheckpointIO):
         self._arguments = arguments
         self._opened = {name: arguments.get(name) for name in ("engine", "store", "options")}
         self._last: AsyncSave | None = None
+        #: set once what was to be removed after the last save is gone
+        self._removals: list[threading.Event] = []
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         if storage_options is not None:
@@ -50,18 +53,26 @@ class CheckpointIO(lightning_io.CheckpointIO):
         return state
 
     def remove_checkpoint(self, path: Any) -> None:
-        how = self._opened
+        how, over = self._opened, threading.Event()
 
         def remove(save: Any = None) -> None:
-            if save is None or save.exception() is None:
-                open_blob(path, engine=how["engine"], **opening(how["store"], how["options"])).delete()
+            try:
+                if save is None or save.exception() is None:
+                    open_blob(path, engine=how["engine"], **opening(how["store"], how["options"])).delete()
+            finally:
+                over.set()
 
         if self._last is None:
             remove()
         else:  # the old one stays until the new one is durable, or if that failed
+            self._removals.append(over)
             self._last.add_done_callback(remove)
 
     def teardown(self) -> None:
         if self._last is not None:
             last, self._last = self._last, None
+            removals, self._removals = self._removals, []
+            last.exception()  # waits; what is called when it is done may end after that
+            for over in removals:
+                over.wait()
             last.result()
