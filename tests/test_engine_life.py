@@ -80,7 +80,7 @@ def test_a_request_is_returned_once_by_wait_or_by_reap(engine: Engine, tmp_path:
     first, second, third = engine.submit([WriteFile(tmp_path / n, [Extent(0, 1, b"x")], Step(0)) for n in "abc"])
     assert engine.drain(30)
     second.wait()
-    assert engine.reap(2, timeout_s=30) == [first, third]
+    assert set(engine.reap(2, timeout_s=30)) == {first, third}  # in the order that they ended
     assert engine.reap() == []
 
 
