@@ -165,6 +165,35 @@ def test_cancel_ends_what_waits_and_what_runs_and_nothing_later(server):
         assert engine.failures() == []
 
 
+def test_a_cancelled_write_that_the_server_has_whole_is_told_as_what_became_of_it(server):
+    with engine_on(server, workers=1, in_flight=2, stall_timeout_s=60) as engine:
+        asked = Asked()
+        for key in ("think/1/9", "think/1/8"):
+            asked.add(key, op=Op.WRITE, memory=Memory.PATTERN, nbytes=100_000)
+        asked.add("put/not-begun", op=Op.WRITE, memory=Memory.PATTERN, nbytes=100_000)
+        engine.submit(asked.array, asked.names, None, Pattern(1))
+        while server.asked["/think/1/9"] + server.asked["/think/1/8"] < 2:
+            time.sleep(0.01)
+        engine.cancel()
+        engine.cancel()
+        done = reap_all(engine)
+        assert done["kind"].tolist() == [Kind.OK, Kind.OK, Kind.CANCELLED]
+        assert done["result"].tolist() == [100_000, 100_000, -errno.ECANCELED]
+        assert server.asked["/put/not-begun"] == 0
+
+
+def test_a_cancelled_write_is_waited_for_only_a_little(server):
+    with engine_on(server, workers=1, in_flight=1, stall_timeout_s=60) as engine:
+        asked = Asked().add("stall/9/9", op=Op.WRITE, memory=Memory.PATTERN, nbytes=1000)
+        engine.submit(asked.array, asked.names, None, Pattern(1))
+        while not server.asked["/stall/9/9"]:
+            time.sleep(0.01)
+        begun = time.monotonic()
+        engine.cancel()
+        assert reap_all(engine)["kind"].tolist() == [Kind.CANCELLED]
+        assert 4 < time.monotonic() - begun < 50
+
+
 def test_close_does_not_wait_for_the_server(server):
     engine = HttpEngine(workers=2, in_flight=2, stall_timeout_s=60)
     engine.endpoint(server.url)

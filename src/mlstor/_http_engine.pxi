@@ -312,7 +312,8 @@ cdef class HttpEngine:
 
     def cancel(self):
         """What has not begun, what waits for a retry and what is under way comes back as CANCELLED, unless it is done
-        by then. Requests (`request`) go on.
+        by then. A WRITE whose body has been sent is waited for up to 5 s more, since its server carries it out
+        anyway. Requests (`request`) go on.
         """
         self.alive()
         self.inside += 1

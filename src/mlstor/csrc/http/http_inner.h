@@ -129,6 +129,7 @@ typedef struct mls_http_slot {
     bool connecting;            /* libcurl makes a connection that will be a wire */
     bool connect_only;          /* the handle is set to that */
     uint64_t activity_ns, retry_ns;
+    uint64_t leave_ns; /* cancelled, and waited for until then; 0: not cancelled */
     mls_completion done;
 
     /* the request; what the handle holds already is not set again */

@@ -356,6 +356,7 @@ void mls_http_slot_begin(mls_http_slot *slot, mls_http_job *job)
 {
     const mls_transfer *t = &job->transfer;
     slot->job = job;
+    slot->leave_ns = 0;
     slot->endpoint = slot->worker->engine->endpoints[t->endpoint];
     slot->body = job->call ? job->call->spec.body : NULL;
     slot->body_nbytes = job->call ? job->call->spec.body_nbytes : 0;

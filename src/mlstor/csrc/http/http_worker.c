@@ -13,6 +13,7 @@
 #define MOST_IDLE_CONNECTIONS 4096L /* as many as were needed at once stay; the servers close them in time */
 #define SCRATCH_BYTES ((size_t)128 << 10) /* finds the L2 cache */
 #define SWEEP_NS 1000000000u
+#define GRACE_NS 5000000000u /* for the answer to a body that was sent when it was cancelled */
 #define MOST_ROUNDS 4u /* between two looks at the sockets */
 
 enum { TOKEN_EVENT = -1, TOKEN_TIMER = -2 };
@@ -193,6 +194,20 @@ void mls_http_break_off(mls_http_slot *slot, int kind, int error, const char *wh
     mls_http_settle(slot, CURLE_OK);
 }
 
+/* Its body was sent whole: the server carries it out, whether we listen or not. */
+static bool is_with_server(const mls_http_slot *slot)
+{
+    curl_off_t sent = 0;
+    if (slot->state != MLS_SLOT_RUNNING || slot->connecting || slot->asked_shape != MLS_SHAPE_BODY || !slot->sent_nbytes)
+        return false;
+    if (slot->wire)
+        return slot->wire->sent == slot->wire->request.n + slot->wire->body_nbytes;
+    return curl_easy_getinfo(slot->easy, CURLINFO_SIZE_UPLOAD_T, &sent) == CURLE_OK &&
+           (uint64_t)sent == slot->sent_nbytes;
+}
+
+/* What the server has whole is waited for a little: what became of it is known then, and an upload of which it is a
+   part can be aborted without a part that is written after that. */
 static void cancel_slots(mls_http_worker *worker, bool all)
 {
     const uint64_t epoch = worker->epoch;
@@ -201,7 +216,11 @@ static void cancel_slots(mls_http_worker *worker, bool all)
         if (slot->state == MLS_SLOT_FREE)
             continue;
         const mls_http_job *job = slot->job;
-        if (all || (job->call ? atomic_load(&job->call->cancelled) : job->epoch < epoch))
+        if (!all && !(job->call ? atomic_load(&job->call->cancelled) : job->epoch < epoch))
+            continue;
+        if (!all && !job->call && (slot->leave_ns || is_with_server(slot)))
+            slot->leave_ns = slot->leave_ns ? slot->leave_ns : worker->now_ns + GRACE_NS;
+        else
             mls_http_break_off(slot, MLS_KIND_CANCELLED, -ECANCELED, "cancelled");
     }
 }
@@ -213,14 +232,16 @@ static uint64_t patience_ns(const mls_http_config *config, const mls_http_slot *
     return call && call->spec.timeout_ns > config->stall_timeout_ns ? call->spec.timeout_ns : config->stall_timeout_ns;
 }
 
-/* Once a second: what has not moved for too long. */
+/* Once a second: what was cancelled a while ago, and what has not moved for too long. */
 static void sweep(mls_http_worker *worker)
 {
     const mls_http_config *config = &worker->engine->config;
     const uint64_t pause = config->stall_timeout_ns / 4;
     for (unsigned i = 0; i < worker->nslots; i++) {
         mls_http_slot *slot = &worker->slots[i];
-        if (slot->state == MLS_SLOT_RUNNING && worker->now_ns > slot->activity_ns + patience_ns(config, slot))
+        if (slot->state == MLS_SLOT_RUNNING && slot->leave_ns && worker->now_ns > slot->leave_ns)
+            mls_http_break_off(slot, MLS_KIND_CANCELLED, -ECANCELED, "cancelled");
+        else if (slot->state == MLS_SLOT_RUNNING && worker->now_ns > slot->activity_ns + patience_ns(config, slot))
             mls_http_break_off(slot, MLS_KIND_STALLED, -ETIMEDOUT, "nothing moved for the stall timeout");
     }
     worker->sweep_ns = worker->now_ns + (pause < SWEEP_NS ? pause : SWEEP_NS);
