@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pkgutil
 import signal
@@ -12,6 +13,7 @@ import launchers
 import pytest
 from checkpoint_support import Bench, Ran, Underway, journals_in_phase
 
+from mlstor.meter import Series
 from mlstor.operations import is_leftover
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM]
@@ -200,3 +202,20 @@ def test_journals_that_tell_nothing_do_not_keep_the_next_run_from_running(bench:
     os.utime(journal, (0, 0))
     ran = bench()
     assert "warning: run old ended without a record, and none could be made" in ran.out
+
+
+def test_an_interrupt_that_was_dropped_on_its_way_ends_the_run_all_the_same(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As numpy drops one that comes while it looks at an enumeration."""
+    sample = Series.sample
+
+    def interrupted(series: Series) -> int:
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        return sample(series)
+
+    monkeypatch.setattr(Series, "sample", interrupted)
+    ran = bench.run("--run-id", "run", bench.target)
+    assert ran.code == 130
+    assert ran.record.status == "partial"

@@ -3,10 +3,32 @@
 from __future__ import annotations
 
 import signal
+from typing import Any
 
+import numpy as np
 import pytest
 
-from mlstor.signals import Interrupted, Interrupts, held
+from mlstor.signals import Interrupted, Interrupts, held, raise_lost
+
+
+def test_an_interrupt_that_numpy_drops_is_raised_by_who_looks_for_it():
+    class Interrupting(type):
+        """As an enumeration before Python 3.12, it looks in Python for attributes that it has not."""
+
+        def __getattr__(cls, name: str) -> Any:
+            signal.raise_signal(signal.SIGINT)
+            raise AttributeError(name)
+
+    class Number(int, metaclass=Interrupting):
+        pass
+
+    with Interrupts():
+        raise_lost()
+        assert (np.zeros(2, int) == Number(0)).all(), "numpy lets it through: there is nothing left to guard against"
+        with pytest.raises(Interrupted) as raised:
+            raise_lost()
+    assert raised.value.exit_code == 130
+    raise_lost()
 
 
 def test_a_held_signal_raises_where_it_is_looked_for():

@@ -64,6 +64,17 @@ def held() -> Iterator[Callable[[], None]]:
     interrupts.check()
 
 
+def raise_lost() -> None:
+    """Raise for a first signal whose exception was dropped on its way, in a loop that it should have ended.
+
+    numpy drops whatever is raised while it looks for attributes of an operand's type, and those of an enumeration are
+    looked for in Python before 3.12 (``EnumType.__getattr__``), where handlers of signals run.
+    """
+    interrupts = _active[-1] if _active else None
+    if interrupts is not None and interrupts.received is not None and not interrupts.hold:
+        raise Interrupted(interrupts.received)
+
+
 class Interrupts:
     """Within this context SIGINT and SIGTERM raise `Interrupted` in the main thread.
 

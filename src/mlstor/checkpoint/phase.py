@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from mlstor.meter import INTERVAL_NS, Meter, Series
 from mlstor.results.phase import PhaseReport, RankFigures
+from mlstor.signals import raise_lost
 
 if TYPE_CHECKING:
     from mlstor.meter import Counted
@@ -144,6 +145,7 @@ def run_phase(
             carrier.cancel()
             raise
         tick(time.monotonic_ns() - start_ns, series.sample())
+        raise_lost()
     meter.read(report_to)
     report_to.interval_ns = INTERVAL_NS
     report_to.series = series.nbytes

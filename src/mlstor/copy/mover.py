@@ -19,6 +19,7 @@ from mlstor.copy.calls import Calls
 from mlstor.copy.large import Large, failed_row
 from mlstor.copy.larges import Larges
 from mlstor.copy.names import refusal
+from mlstor.signals import raise_lost
 from mlstor.storage.transfers import COMPLETION_DTYPE, TRANSFER_DTYPE, WHOLE, Digest, Failure, Kind, Memory, Op
 
 if TYPE_CHECKING:
@@ -132,6 +133,7 @@ class Mover:
         while True:
             self._begin()
             self._tick()
+            raise_lost()
             if not (self.source.transfers.outstanding or self.destination.transfers.outstanding or self.calls.running):
                 if self._at >= len(self._todo) and not self.larges.under_way:
                     return
