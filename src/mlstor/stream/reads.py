@@ -86,7 +86,7 @@ class FixedRanges(Ranges):
     def pick(self, units: U64) -> tuple[U64, Packed, U64, U64]:
         packed = self.objects.pack(units)
         sizes = _known(packed.sizes)
-        offset = np.minimum(np.uint64(self.offset), sizes)
+        offset = np.full(len(units), self.offset, np.uint64)
         return units, packed, offset, np.minimum(np.uint64(self.nbytes or 0), sizes - offset)
 
 
